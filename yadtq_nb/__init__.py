@@ -1,0 +1,1 @@
+"""Map a function over many inputs on many machines, from a notebook."""

@@ -1,0 +1,222 @@
+"""Bytes and back: sealed frames, pickles with out-of-band buffers, chunks and segments.
+
+Every frame is signed: an HMAC-SHA256 under the queue's secret covers all of it, and nothing is decompressed or
+unpickled before it is verified. The kind is signed too, so that a result cannot be passed off as a task.
+
+    frame   "YQ" version kind flags hmac[32] body
+    pickle  count sizes... pickle, then each out-of-band buffer, aligned to 16 bytes
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import pickle
+import struct
+from collections.abc import Iterable
+from typing import Any, Final, TypeAlias
+
+import msgspec
+import zstandard
+
+from yadtq_nb.errors import FormatError, SignatureError
+from yadtq_nb.model import ChunkHead, Segment
+
+Buffer: TypeAlias = "bytes | bytearray | memoryview"
+
+CHUNK: Final = b"c"
+SEGMENT: Final = b"s"
+FUNCTION: Final = b"f"
+TREE: Final = b"t"
+
+_MAGIC: Final = b"YQ"
+_VERSION: Final = 1
+_PREFIX: Final = struct.Struct("<2sBcB")
+_HEADER: Final = _PREFIX.size + 32
+_COMPRESSED: Final = 1
+
+#: Bodies shorter than this are not worth compressing, in bytes.
+_COMPRESS_FROM: Final = 16 * 1024
+#: Compression is tried on this much first, in bytes.
+_SAMPLE: Final = 16 * 1024
+#: Buffers shorter than this stay inside the pickle, in bytes.
+_OUT_OF_BAND_FROM: Final = 4 * 1024
+_ALIGN: Final = 16
+_COUNT: Final = struct.Struct("<I")
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_chunk = msgspec.msgpack.Decoder(ChunkHead).decode
+_decode_segment = msgspec.msgpack.Decoder(Segment).decode
+
+
+def seal(secret: bytes, kind: bytes, *parts: Buffer) -> bytes:
+    """Sign parts, and compress them when that pays."""
+    flags = 0
+    if sum(map(len, parts)) >= _COMPRESS_FROM:
+        body = b"".join(parts)
+        sample = body[:_SAMPLE]
+        compressor = zstandard.ZstdCompressor(level=1)
+        if len(compressor.compress(sample)) < 0.8 * len(sample):
+            parts, flags = (compressor.compress(body),), _COMPRESSED
+        else:
+            parts = (body,)
+    prefix = _PREFIX.pack(_MAGIC, _VERSION, kind, flags)
+    signature = _sign(secret, prefix, parts)
+    return b"".join((prefix, signature, *parts))
+
+
+def unseal(secret: bytes, kind: bytes, frame: Buffer) -> memoryview:
+    """Verify a frame and return its body.
+
+    Raises:
+        FormatError: not a frame, of another version, or of another kind.
+        SignatureError: not signed with this secret.
+    """
+    view = memoryview(frame)
+    if len(view) < _HEADER or view[:2] != _MAGIC:
+        raise FormatError("not a yadtq record: it does not start with the magic bytes, or is cut short")
+    _, version, found, flags = _PREFIX.unpack_from(view)
+    if version != _VERSION:
+        raise FormatError(
+            f"record of format version {version}, but this side knows version {_VERSION}: "
+            "install the same version of yadtq-nb on the notebook and the workers"
+        )
+    body = view[_HEADER:]
+    if not hmac.compare_digest(_sign(secret, view[: _PREFIX.size], (body,)), view[_PREFIX.size : _HEADER]):
+        raise SignatureError(
+            "record is not signed with this queue's secret: set the same YADTQ_SECRET (or secret=) "
+            "in the notebook and on every worker"
+        )
+    if found != kind:
+        raise FormatError(f"record of kind {found!r} where kind {kind!r} was expected")
+    if flags & _COMPRESSED:
+        try:
+            return memoryview(zstandard.ZstdDecompressor().decompress(body))
+        except zstandard.ZstdError as exc:
+            raise FormatError(f"record cannot be decompressed: {exc}") from exc
+    return body
+
+
+def dumps(obj: object) -> list[Buffer]:
+    """Pickle by cloudpickle, with large buffers beside the pickle and not copied into it.
+
+    Raises:
+        Exception: whatever pickling raises.
+    """
+    import cloudpickle
+
+    buffers: list[memoryview] = []
+
+    def keep_in_band(buffer: pickle.PickleBuffer) -> bool:
+        try:
+            raw = buffer.raw()
+        except BufferError:  # not contiguous
+            return True
+        if raw.nbytes < _OUT_OF_BAND_FROM:
+            return True
+        buffers.append(raw)
+        return False
+
+    data: bytes = cloudpickle.dumps(obj, protocol=5, buffer_callback=keep_in_band)
+    sizes = [len(data), *(buffer.nbytes for buffer in buffers)]
+    head = struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes)
+    parts: list[Buffer] = [head, data]
+    position = len(head) + len(data)
+    for buffer in buffers:
+        padding = -position % _ALIGN
+        parts += [bytes(padding), buffer]
+        position += padding + buffer.nbytes
+    return parts
+
+
+def loads(data: Buffer) -> Any:
+    """Unpickle what dumps made. Arrays are writable views of one copy of data, not copies each.
+
+    Raises:
+        FormatError: cut short.
+        Exception: whatever unpickling raises.
+    """
+    view = memoryview(data)
+    try:
+        (count,) = _COUNT.unpack_from(view)
+        sizes = struct.unpack_from(f"<{count}Q", view, _COUNT.size)
+    except struct.error as exc:
+        raise FormatError("pickle is cut short") from exc
+    position = _COUNT.size + 8 * count
+    if not count or position + sum(sizes) > len(view):
+        raise FormatError("pickle is cut short")
+    if count == 1:
+        return pickle.loads(view[position : position + sizes[0]])
+    if view.readonly:
+        view = memoryview(bytearray(view))
+    data_end = position + sizes[0]
+    buffers: list[memoryview] = []
+    end = data_end
+    for size in sizes[1:]:
+        start = end + (-end % _ALIGN)
+        end = start + size
+        buffers.append(view[start:end])
+    return pickle.loads(view[position:data_end], buffers=buffers)
+
+
+def encode_chunk(secret: bytes, head: ChunkHead, function: Buffer, arguments: Iterable[Buffer]) -> bytes:
+    """Make the sealed record of a chunk: head, the function's pickle (or nothing), the arguments' pickle."""
+    encoded = _encode(head)
+    return seal(secret, CHUNK, _COUNT.pack(len(encoded)), encoded, function, *arguments)
+
+
+def decode_chunk(secret: bytes, record: Buffer) -> tuple[ChunkHead, memoryview, memoryview]:
+    """Verify a chunk's record and return its head, function pickle and arguments pickle, nothing unpickled.
+
+    Raises:
+        FormatError: malformed or of another version.
+        SignatureError: not signed with this secret.
+    """
+    encoded, rest = _split(unseal(secret, CHUNK, record))
+    try:
+        head = _decode_chunk(encoded)
+    except msgspec.MsgspecError as exc:
+        raise FormatError(f"chunk cannot be read: {exc}") from exc
+    return head, rest[: head.function_size], rest[head.function_size :]
+
+
+def encode_segment(secret: bytes, segment: Segment, values: Iterable[Buffer]) -> bytes:
+    """Make the sealed frame of outcomes; values is the pickle of the list of the succeeded tasks' values."""
+    encoded = _encode(segment)
+    return seal(secret, SEGMENT, _COUNT.pack(len(encoded)), encoded, *values)
+
+
+def decode_segment(secret: bytes, frame: Buffer) -> tuple[Segment, memoryview]:
+    """Verify outcomes and return them with the pickle of their values, nothing unpickled.
+
+    Raises:
+        FormatError: malformed or of another version.
+        SignatureError: not signed with this secret.
+    """
+    encoded, rest = _split(unseal(secret, SEGMENT, frame))
+    try:
+        return _decode_segment(encoded), rest
+    except msgspec.MsgspecError as exc:
+        raise FormatError(f"outcomes cannot be read: {exc}") from exc
+
+
+def content_hash(data: Buffer) -> str:
+    """Name of a blob: 32 hex digits of its SHA-256."""
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def _split(body: memoryview) -> tuple[memoryview, memoryview]:
+    try:
+        (size,) = _COUNT.unpack_from(body)
+    except struct.error as exc:
+        raise FormatError("record is cut short") from exc
+    if _COUNT.size + size > len(body):
+        raise FormatError("record is cut short")
+    return body[_COUNT.size : _COUNT.size + size], body[_COUNT.size + size :]
+
+
+def _sign(secret: bytes, prefix: Buffer, parts: Iterable[Buffer]) -> bytes:
+    signer = hmac.new(secret, prefix, hashlib.sha256)
+    for part in parts:
+        signer.update(part)
+    return signer.digest()

@@ -1,0 +1,140 @@
+"""Settings: arguments, then environment, then yadtq.toml. The only reader of os.environ.
+
+    YADTQ_KAFKA    host:port of a Kafka bootstrap server, or several with commas
+    YADTQ_REDIS    redis://host:6379/0, or rediss:// for TLS
+    YADTQ_SECRET   what chunks and results are signed with; the same everywhere
+    YADTQ_BROKER   another Kafka-compatible broker binary for the local stack
+    YADTQ_HOME     where the local stack keeps its state, instead of the user's state directory
+
+yadtq.toml, in the working directory, one of its parents, or the user's configuration directory:
+
+    kafka = "broker:9092"
+    redis = "redis://store:6379/0"
+    secret = "..."
+    partitions = 16
+    [kafka_options]                # passed to librdkafka as they are
+    "security.protocol" = "SASL_SSL"
+    [redis_options]                # passed to redis-py as they are
+    ssl_ca_certs = "/etc/ssl/ca.pem"
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import msgspec
+import platformdirs
+
+from yadtq_nb.errors import ConfigError
+
+#: How a feeder waits for records. "wake": assigned only when rung for, for a broker that does not wake a waiting fetch
+#: (Tansu); "poll": long poll, for Apache Kafka.
+Reading = Literal["wake", "poll"]
+
+_FILE: Final = "yadtq.toml"
+_SECRET_HELP: Final = (
+    "set YADTQ_SECRET (or secret=) to the same value in the notebook and on every worker; "
+    "make one with: python -c 'import secrets; print(secrets.token_hex(32))'"
+)
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a queue's servers are, and how they are used. Times are in seconds."""
+
+    #: Bootstrap servers, host:port with commas between.
+    kafka: str
+    #: URL of the Redis or Valkey server.
+    redis: str
+    #: What pickles are signed with.
+    secret: str
+    #: Settings for librdkafka, passed as they are.
+    kafka_options: dict[str, str | int | bool] = {}
+    #: Settings for redis-py, passed as they are.
+    redis_options: dict[str, Any] = {}
+    reading: Reading = "poll"
+    #: Partitions of a tasks topic that is made here.
+    partitions: int = 16
+    #: Replicas of a topic that is made here; None leaves it to the broker.
+    replication: int | None = None
+    #: How often a node tells that it lives.
+    heartbeat: float = 1.0
+    #: How long a lease holds without a heartbeat.
+    lease: float = 2.5
+    #: Chunks that may lie ready in the workbench before feeders stop reading; None for no limit.
+    watermark_chunks: int | None = 1_000
+    #: Bytes that may lie ready in the workbench before feeders stop reading; None for no limit.
+    watermark_bytes: int | None = 64 * 1024 * 1024
+    #: A task that has killed its slot or its node this often is not tried again.
+    max_crashes: int = 2
+    #: How long a finished job stays.
+    keep: float = 7 * 86_400.0
+
+    def __post_init__(self) -> None:
+        if not self.secret:
+            raise ConfigError(f"this queue has no secret: {_SECRET_HELP}")
+        if self.partitions < 1:
+            raise ConfigError(f"partitions must be at least 1, not {self.partitions}")
+        if self.lease <= self.heartbeat:
+            raise ConfigError(
+                f"a lease of {self.lease} s would lapse between heartbeats of {self.heartbeat} s: make it 2.5 times as long"
+            )
+
+    @property
+    def key(self) -> bytes:
+        """The secret as bytes."""
+        return self.secret.encode()
+
+
+def load(*, kafka: str | None = None, redis: str | None = None, secret: str | None = None) -> Config | None:
+    """Return the settings of the team's cluster, or None when none is configured: then the local stack serves.
+
+    Raises:
+        ConfigError: only one of Kafka and Redis is given, there is no secret, or the file is wrong.
+    """
+    file, settings = _read_file()
+    given = {"kafka": kafka, "redis": redis, "secret": secret}
+    for name, argument in given.items():
+        value = argument or os.environ.get(f"YADTQ_{name.upper()}") or settings.get(name)
+        if value:
+            settings[name] = value
+    if not settings.get("kafka") and not settings.get("redis"):
+        return None
+    for name in ("kafka", "redis"):
+        if not settings.get(name):
+            raise ConfigError(
+                f"{name} is not set, but the other of the two is: give Queue({name}=...), YADTQ_{name.upper()} "
+                f"or {name} in {_FILE}"
+            )
+    if not settings.get("secret"):
+        raise ConfigError(f"no secret is set: {_SECRET_HELP}")
+    try:
+        return msgspec.convert(settings, Config)
+    except msgspec.ValidationError as exc:
+        raise ConfigError(f"{file or 'settings'}: {exc}") from exc
+
+
+def broker_binary() -> str | None:
+    """Return the broker binary that a setting names for the local stack, or None for the bundled one."""
+    return os.environ.get("YADTQ_BROKER") or _read_file()[1].get("broker") or None
+
+
+def state_directory() -> Path:
+    """Return where the local stack keeps its state and logs, not made yet."""
+    home = os.environ.get("YADTQ_HOME")
+    return Path(home) if home else platformdirs.user_state_path("yadtq-nb", appauthor=False)
+
+
+def _read_file() -> tuple[Path | None, dict[str, Any]]:
+    here = Path.cwd()
+    places = [here, *here.parents, platformdirs.user_config_path("yadtq-nb", appauthor=False)]
+    for place in places:
+        path = place / _FILE
+        if path.is_file():
+            try:
+                return path, tomllib.loads(path.read_text(encoding="utf-8"))
+            except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+                raise ConfigError(f"{path} is not valid TOML: {exc}") from exc
+    return None, {}

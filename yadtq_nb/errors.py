@@ -1,0 +1,146 @@
+"""Every error that yadtq-nb raises, in one tree.
+
+YadtqError
+├── ConfigError (ValueError)            a setting is missing or wrong
+├── LocalStackError                     the stack on this machine cannot start
+├── BacklogError (ConnectionError)      Kafka cannot be reached or refuses
+├── WorkbenchError (ConnectionError)    Redis cannot be reached or refuses
+├── CodecError (ValueError)             bytes that cannot be read
+│   ├── SignatureError                  signed with another secret, or not at all
+│   └── FormatError                     malformed, truncated, or of another version
+├── JobError                            about a whole job
+│   ├── JobExistsError                  the name is taken
+│   ├── JobNotFoundError (LookupError)  no such job on this queue
+│   ├── JobIncompleteError              its client died while it was sending
+│   └── JobTimeoutError (TimeoutError)  not finished in the time that was given
+└── TaskError                           one task failed, and its own exception cannot be shown
+    ├── TaskCrashedError                it killed its slot too often
+    ├── ItemPickleError                 its item cannot be pickled
+    └── ResultPickleError               its result cannot be pickled
+
+A task's own exception is raised as itself, with a RemoteTraceback as its cause.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class YadtqError(Exception):
+    """Base of every error of this package."""
+
+
+class ConfigError(YadtqError, ValueError):
+    """A setting is missing or wrong; the message names it and the remedy."""
+
+
+class LocalStackError(YadtqError):
+    """The local stack cannot be started or has died; the message names the log to read."""
+
+
+class BacklogError(YadtqError, ConnectionError):
+    """Kafka cannot be reached, or refused what was asked."""
+
+
+class WorkbenchError(YadtqError, ConnectionError):
+    """Redis cannot be reached, or refused what was asked."""
+
+
+class CodecError(YadtqError, ValueError):
+    """Bytes that cannot be read."""
+
+
+class SignatureError(CodecError):
+    """A record was signed with another secret, or not at all: it is never unpickled."""
+
+
+class FormatError(CodecError):
+    """A record is malformed, truncated, or of a format version that is not known here."""
+
+
+class JobError(YadtqError):
+    """Something is wrong with a whole job.
+
+    Attributes:
+        job: the job's name or id.
+    """
+
+    def __init__(self, message: str, *, job: str = "") -> None:
+        super().__init__(message)
+        self.job = job
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+class JobExistsError(JobError):
+    """The name is taken by another job of this queue."""
+
+
+class JobNotFoundError(JobError, LookupError):
+    """The queue knows no job of that name or id."""
+
+
+class JobIncompleteError(JobError):
+    """The client died while it was still sending items, so later items are missing."""
+
+
+class JobTimeoutError(JobError, TimeoutError):
+    """The job, or one of its tasks, was not finished within the time that was given."""
+
+
+class TaskError(YadtqError):
+    """One task failed, and its own exception could not be brought back as itself.
+
+    Attributes:
+        index: index of the task in its job, or None.
+        type_name: qualified name of the exception's type on the worker.
+        remote_traceback: the traceback as text, as the worker saw it.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        index: int | None = None,
+        type_name: str = "",
+        remote_traceback: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.index = index
+        self.type_name = type_name
+        self.remote_traceback = remote_traceback
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+class TaskCrashedError(TaskError):
+    """The task killed its slot (segfault, out of memory, os._exit) as often as is allowed."""
+
+
+class ItemPickleError(TaskError):
+    """The item cannot be pickled, so the task could not be sent."""
+
+
+class ResultPickleError(TaskError):
+    """The task returned something that cannot be pickled."""
+
+
+class RemoteTraceback(Exception):
+    """Cause of an exception that was raised on a worker: prints the worker's traceback."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.text}"""'
+
+
+def _rebuild(cls: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]) -> BaseException:
+    """Unpickle an error whose constructor takes keyword-only facts."""
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error

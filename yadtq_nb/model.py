@@ -1,0 +1,251 @@
+"""The frozen data that moves between notebook, Kafka, Redis and workers. No input or output here."""
+
+from __future__ import annotations
+
+import enum
+import secrets
+import time
+from array import array
+from typing import Literal
+
+import msgspec
+
+
+class State(enum.StrEnum):
+    """State of one task."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+#: One byte for each final state, as outcomes carry it.
+STATE_CODES: dict[State, int] = {
+    State.SUCCEEDED: ord("S"),
+    State.FAILED: ord("F"),
+    State.CANCELLED: ord("C"),
+}
+STATE_OF_CODE: dict[int, State] = {code: state for state, code in STATE_CODES.items()}
+
+
+class JobState(enum.StrEnum):
+    """State of a whole job."""
+
+    #: Some tasks have no outcome yet.
+    RUNNING = "running"
+    #: Every task has an outcome and none failed.
+    SUCCEEDED = "succeeded"
+    #: Every task has an outcome and at least one failed.
+    FAILED = "failed"
+    #: The client died while it was sending: later items are missing.
+    INCOMPLETE = "incomplete"
+
+
+#: How a task's item is given to its function.
+#: "item": fn(item); "star": fn(*item); "call": fn(*item[0], **item[1]).
+CallStyle = Literal["item", "star", "call"]
+
+
+class Environment(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """Where a task runs, so that it runs as it would have run in the cell."""
+
+    #: Working directory of the submitter.
+    cwd: str = ""
+    #: The submitter's sys.path.
+    path: tuple[str, ...] = ()
+    #: Host of the submitter: on the same host, cwd and path are used as they are.
+    host: str = ""
+    #: Content hash of the local source tree that travels along, or "" for none.
+    tree: str = ""
+    #: Directory on the submitter's machine that the tree was taken from.
+    tree_root: str = ""
+    #: The submitter's Python, such as "3.11".
+    python: str = ""
+
+
+class ChunkHead(msgspec.Struct, frozen=True, array_like=True):
+    """All that a node needs to know of a chunk; the pickles behind it are opened by slots only."""
+
+    #: Job id.
+    job: str
+    #: Number of the chunk in its job, from 0.
+    number: int
+    #: Index of its first task in the job.
+    first: int
+    #: Number of tasks.
+    count: int
+    #: Content hash of the function.
+    function: str
+    #: Name of the function, to be shown.
+    function_name: str
+    #: Length of the function's pickle that follows; 0 when it travels as a blob of its own.
+    function_size: int
+    style: CallStyle
+    #: True when the function is a coroutine function: a slot runs many at a time.
+    concurrent: bool
+    environment: Environment
+    #: Name of the job.
+    job_name: str = ""
+    #: Total of the job when this chunk is the whole of it, else -1: such a job needs no manifest.
+    total: int = -1
+    #: Seconds since the epoch when the job was made.
+    created: float = 0.0
+    #: True when the arguments lie in the workbench and not in this record.
+    by_reference: bool = False
+
+    @property
+    def id(self) -> str:
+        """Name of the chunk in its queue."""
+        return chunk_id(self.job, self.number)
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What the queue knows of a job before its first chunk."""
+
+    id: str
+    name: str
+    function_name: str
+    created: float
+    #: Number of tasks, or -1 while an iterator is still being drawn.
+    total: int
+    style: CallStyle = "item"
+    #: Host and process that submitted it, to be shown.
+    client: str = ""
+
+
+class Seal(msgspec.Struct, frozen=True):
+    """The end of a job's sending: how many tasks there are, and where its last chunks lie."""
+
+    id: str
+    total: int
+    #: "topic id/partition" to the offset after the job's last record there.
+    ends: dict[str, int] = {}
+
+
+class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
+    """An exception as it travels."""
+
+    #: Module and qualified name of its type.
+    type_name: str
+    message: str
+    #: Formatted traceback of the worker.
+    traceback: str
+    #: The exception itself, pickled; empty when it cannot be pickled and unpickled.
+    pickled: bytes = b""
+    #: The name of our own error to raise when it cannot be brought back as itself.
+    ours: str = "TaskError"
+
+
+class Segment(msgspec.Struct, frozen=True, array_like=True):
+    """Outcomes of some tasks of one chunk, packed together."""
+
+    job: str
+    #: Number of the chunk.
+    number: int
+    #: Indices of the tasks in the job: (first, count) when consecutive, else given one by one.
+    first: int
+    count: int
+    #: Packed uint32 indices when they are not consecutive, else empty.
+    scattered: bytes
+    #: One byte a task: see STATE_CODES.
+    states: bytes
+    #: Index in the job -> error, for those that failed.
+    errors: dict[int, ErrorInfo]
+    #: Seconds since the epoch at which each task started, packed float64.
+    started: bytes
+    #: Run time of each task in seconds, packed float64.
+    seconds: bytes
+    #: Node that ran them.
+    worker: str
+    #: Index in the job -> attempt, for those that were not run for the first time.
+    attempts: dict[int, int] = {}
+
+    def indices(self) -> range | array[int]:
+        """Indices of the tasks in the job, in the order of the packed fields."""
+        if not self.scattered:
+            return range(self.first, self.first + self.count)
+        return array("I", self.scattered)
+
+
+class WorkerInfo(msgspec.Struct, frozen=True):
+    """What a node says of itself with each heartbeat."""
+
+    id: str
+    host: str
+    pid: int
+    slots: int
+    busy: int
+    #: Tasks finished since it started.
+    done: int
+    #: Seconds since the epoch.
+    started: float
+    python: str
+    #: Percent of one core, of the node and its slots together.
+    cpu: float = 0.0
+    #: Resident bytes of the node and its slots together.
+    memory: int = 0
+    #: Job id -> tasks of it that run here now.
+    running: dict[str, int] = {}
+    #: "live", "stopping" or "stopped".
+    status: str = "live"
+
+
+class WorkerView(msgspec.Struct, frozen=True):
+    """A node as the queue sees it."""
+
+    info: WorkerInfo
+    #: Seconds since its last heartbeat, by the workbench's clock.
+    heartbeat_age: float
+    #: "live", "stopping", "stopped", or "lost" when its heartbeat has lapsed.
+    status: str
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """Where a job stands. Counts are of tasks."""
+
+    queued: int
+    running: int
+    succeeded: int
+    failed: int
+    cancelled: int
+    #: None while an iterator is still being drawn.
+    total: int | None
+    #: Tasks finished a second, over the job's life so far.
+    rate: float
+    #: Estimated seconds to the end, or None when it cannot be told.
+    eta: float | None
+    #: Seconds since the job was made, until its end once it has ended.
+    elapsed: float
+
+    @property
+    def done(self) -> int:
+        """Tasks with an outcome."""
+        return self.succeeded + self.failed + self.cancelled
+
+
+class Lease(msgspec.Struct, frozen=True):
+    """A node's right to run one chunk, until it lapses."""
+
+    head: ChunkHead
+    #: Fencing token: an outcome counts fully only with the current one.
+    token: int
+    #: The sealed record, as it came from Kafka.
+    record: bytes
+    #: Offsets in the chunk that have an outcome already.
+    done: frozenset[int] = frozenset()
+    #: Offset in the chunk -> how often that task has killed its slot or node.
+    crashes: dict[int, int] = {}
+    #: How often a lease of this chunk has lapsed after it had started.
+    lapses: int = 0
+
+
+def chunk_id(job: str, number: int) -> str:
+    """Name of a chunk in its queue."""
+    return f"{job}:{number}"
+
+
+def new_id() -> str:
+    """Return a fresh id of 16 hex digits whose order is the order of time."""
+    return f"{time.time_ns() // 1_000_000:011x}"[-11:] + secrets.token_hex(3)[:5]
