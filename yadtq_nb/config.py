@@ -5,6 +5,7 @@
     YADTQ_SECRET   what chunks and results are signed with; the same everywhere
     YADTQ_BROKER   another Kafka-compatible broker binary for the local stack
     YADTQ_HOME     where the local stack keeps its state, instead of the user's state directory
+    YADTQ_SETTINGS all settings as JSON: how a node is told its own, and so what Queue() uses inside a task
 
 yadtq.toml, in the working directory, one of its parents, or the user's configuration directory:
 
@@ -34,6 +35,7 @@ from yadtq_nb.errors import ConfigError
 #: (Tansu); "poll": long poll, for Apache Kafka.
 Reading = Literal["wake", "poll"]
 
+SETTINGS: Final = "YADTQ_SETTINGS"
 _FILE: Final = "yadtq.toml"
 _SECRET_HELP: Final = (
     "set YADTQ_SECRET (or secret=) to the same value in the notebook and on every worker; "
@@ -94,6 +96,9 @@ def load(*, kafka: str | None = None, redis: str | None = None, secret: str | No
     Raises:
         ConfigError: only one of Kafka and Redis is given, there is no secret, or the file is wrong.
     """
+    inherited = os.environ.get(SETTINGS)
+    if inherited and not (kafka or redis or secret):
+        return from_json(inherited)
     file, settings = _read_file()
     given = {"kafka": kafka, "redis": redis, "secret": secret}
     for name, argument in given.items():
@@ -114,6 +119,23 @@ def load(*, kafka: str | None = None, redis: str | None = None, secret: str | No
         return msgspec.convert(settings, Config)
     except msgspec.ValidationError as exc:
         raise ConfigError(f"{file or 'settings'}: {exc}") from exc
+
+
+def from_json(text: str) -> Config:
+    """Read what to_json wrote.
+
+    Raises:
+        ConfigError: it is not such a text.
+    """
+    try:
+        return msgspec.json.decode(text, type=Config)
+    except msgspec.MsgspecError as exc:
+        raise ConfigError(f"{SETTINGS} cannot be read: {exc}") from exc
+
+
+def to_json(config: Config) -> str:
+    """Write all settings, the secret too, for a process of the same owner."""
+    return msgspec.json.encode(config).decode()
 
 
 def broker_binary() -> str | None:
