@@ -6,11 +6,13 @@ import importlib.util
 import json
 import os
 import random
+import select
 import socket
 import stat
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -139,7 +141,7 @@ def start_keeper(home: Home, *, owner: int = 0, timeout: float = 60.0) -> subpro
     """Start the keeper and wait until its servers answer; with an owner, it is a child that ends with it.
 
     Raises:
-        PortTakenError: a server ended before it answered.
+        ServerDiedError: a server ended before it answered.
         LocalStackError: the keeper ended, or the servers did not answer in time.
     """
     reading, writing = os.pipe()
@@ -162,6 +164,9 @@ def start_keeper(home: Home, *, owner: int = 0, timeout: float = 60.0) -> subpro
     if not owner:
         keeper.wait()  # it has detached itself from this one long ago
     if answer.startswith("failed"):
+        keeper.wait()
+        while home.alive():  # it says so first and ends what it started then
+            time.sleep(0.002)
         raise ServerDiedError(answer.split()[1])
     if answer != "ready":
         raise LocalStackError(f"the local stack did not start within {timeout:g} s:\n{home.tail('keeper')}")
@@ -272,7 +277,5 @@ def _python_path() -> dict[str, str]:
 
 
 def _read_line(fd: int, timeout: float) -> str:
-    import select
-
     ready, _, _ = select.select([fd], [], [], timeout)
     return os.read(fd, 1024).decode().strip() if ready else ""

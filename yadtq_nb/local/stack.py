@@ -22,6 +22,8 @@ PARTITIONS: Final = 4
 _PORT_ATTEMPTS: Final = 3
 _START_TIMEOUT: Final = 30.0
 _STOP_TIMEOUT: Final = 15.0
+#: A process of a recorded pid is the one that was recorded if it started at most this much apart, in seconds.
+_SAME_START: Final = 2.0
 
 
 class PartStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -325,10 +327,11 @@ def kill_recorded(pid: int, started: float) -> None:
 
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
-        if abs(process.create_time() - started) < 2.0:
-            process.kill()
-            with contextlib.suppress(psutil.TimeoutExpired):  # a zombie that nobody reaps: its ports are free
-                process.wait(1.0)
+        if abs(process.create_time() - started) >= _SAME_START:
+            return
+        process.kill()
+        while process.status() != psutil.STATUS_ZOMBIE:  # nobody may reap it, but its ports are free
+            time.sleep(0.002)
 
 
 def _part_status(part: PartState, seen: str, now: float) -> PartStatus:
