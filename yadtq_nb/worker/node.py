@@ -86,6 +86,7 @@ class Node:
         self._leases_lock = threading.Lock()
         self._outbox: collections.deque[Callable[[], object]] = collections.deque()
         self._singles: dict[str, collections.deque[int]] = {}
+        #: Something may lie in the line of ready chunks: the bell has rung, or the last look found as much as it could take.
         self._may_take = True
         self._stopping = threading.Event()
         self._stop_at = float("inf")
@@ -151,7 +152,7 @@ class Node:
             Workbench(self._config, self.queue, self.id),
             restore=lambda: restore_jobs(self._config, self.queue, replay_jobs(self._config, self.queue)),
             reserve=lambda n: 0 if self._stopping.is_set() else self.pool.reserve(n),
-            unreserve=self.pool.unreserve,
+            unreserve=self._unreserve,
             start=self._start,
             refuse=self._refuse,
             slots=self.slots,
@@ -196,10 +197,12 @@ class Node:
         if not free:
             return
         leases: list[Lease] = []
+        # Before looking: a bell that rings meanwhile must not be forgotten.
         self._may_take = False
         try:
             leases = self._bench.take(free)
-            self._may_take = len(leases) == free
+            if len(leases) == free:
+                self._may_take = True
         except (NotLiveError, CodecError):
             log.warning("nothing could be taken", exc_info=True)
         except WorkbenchError as exc:
@@ -207,6 +210,12 @@ class Node:
         self.pool.unreserve(free - len(leases))
         for lease in leases:
             self._start(lease, self._bench)
+
+    def _unreserve(self, count: int) -> None:
+        """Give back what the feeder had claimed; the main thread may have found no slot meanwhile."""
+        self.pool.unreserve(count)
+        if count and self._may_take:
+            self.pool.wake()
 
     def _start(self, lease: Lease, workbench: Workbench) -> None:
         """Run a leased chunk in a reserved slot. Called by the main thread and by the feeder."""
@@ -263,7 +272,6 @@ class Node:
                 self._fail(lease, list(self._singles.pop(id)), exc)
             return
         self._drop(lease)
-        self._may_take = True
 
     def _bury(self, event: Died) -> None:
         """A slot has died: charge the task that ran in it, and let its chunk-mates go on elsewhere."""
@@ -281,7 +289,6 @@ class Node:
             self._post(lease, [offset], states, frame)
             self._outbox.append(lambda: self._bench.release(lease))
         self._drop(lease)
-        self._may_take = True
 
     def _fail(self, lease: Lease, offsets: list[int], error: Exception) -> None:
         """End tasks that cannot even be started."""
