@@ -207,6 +207,8 @@ class WorkerView(msgspec.Struct, frozen=True):
     info: WorkerInfo
     #: Seconds since its last heartbeat, by the workbench's clock.
     heartbeat_age: float
+    #: When that was, in seconds since the epoch.
+    last_heartbeat: float
     #: "live", "stopping", "stopped", or "lost" when its heartbeat has lapsed.
     status: str
 

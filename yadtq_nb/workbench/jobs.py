@@ -216,13 +216,13 @@ class JobStore:
                 .execute()
             )
         now = seconds + micros / 1e6
-        views = [self._view(infos[node], now - beat) for node, beat in beats if node in infos]
+        views = [self._view(infos[node], beat, now - beat) for node, beat in beats if node in infos]
         return sorted(views, key=lambda view: (view.status not in ("live", "stopping"), view.heartbeat_age))
 
-    def _view(self, packed: bytes, age: float) -> WorkerView:
+    def _view(self, packed: bytes, beat: float, age: float) -> WorkerView:
         info = _decode_info(packed)
         lost = age > self._config.lease and info.status != "stopped"
-        return WorkerView(info, max(0.0, age), "lost" if lost else info.status)
+        return WorkerView(info, max(0.0, age), beat, "lost" if lost else info.status)
 
     def news_position(self) -> str:
         """Return the place of the newest entry of the results stream."""
