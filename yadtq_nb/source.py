@@ -195,7 +195,7 @@ class _Snapshot:
             _TooBigError: over the limits.
         """
         try:
-            if time.time_ns() > self._settled and list(map(_stamp, self._paths)) == self._stamps:
+            if self._paths and time.time_ns() > self._settled and list(map(_stamp, self._paths)) == self._stamps:
                 return
         except OSError:
             pass  # something was deleted
