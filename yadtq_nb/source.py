@@ -160,8 +160,8 @@ class Collector:
         except _TooBigError as exc:
             raise ConfigError(
                 f"the local modules below {root} that this work uses are over {MAX_FILES:,} files or "
-                f"{MAX_BYTES // 2**20} MB ({exc}): install them as a package on the workers, or start the notebook in a "
-                "smaller directory"
+                f"{MAX_BYTES // 2**20} MB ({exc}): install them as a package on the workers, or start the notebook in "
+                "a smaller directory"
             ) from None
 
     def _refreshed(self, targets: tuple[str, ...]) -> _Snapshot:
@@ -195,7 +195,7 @@ class _Snapshot:
             _TooBigError: over the limits.
         """
         try:
-            if time.time_ns() > self._settled and list(map(_stamp, self._paths)) == self._stamps:
+            if self._paths and time.time_ns() > self._settled and list(map(_stamp, self._paths)) == self._stamps:
                 return
         except OSError:
             pass  # something was deleted
