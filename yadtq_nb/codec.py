@@ -28,6 +28,7 @@ CHUNK: Final = b"c"
 SEGMENT: Final = b"s"
 FUNCTION: Final = b"f"
 TREE: Final = b"t"
+ARGUMENTS: Final = b"a"
 
 _MAGIC: Final = b"YQ"
 _VERSION: Final = 1
