@@ -90,12 +90,13 @@ def test_store_refuses_who_does_not_know_the_password(own: Stack) -> None:
         assert connection.recv(100).startswith(b"-NOAUTH")
 
 
-def test_node_is_told_settings_and_where_to_show_that_it_works(own: Stack) -> None:
+def test_node_gets_settings_by_file_and_no_secret_in_its_environment(own: Stack) -> None:
     settings = own.ensure_up()
     wait_until(lambda: is_up(own))
-    node = psutil.Process(pids(own)["node-1"])
-    assert config.from_json(node.environ()[config.SETTINGS]) == settings
-    assert str(own.home.active) in node.cmdline()
+    environment = psutil.Process(pids(own)["node-1"]).environ()
+    assert config.read(Path(environment["YADTQ_CONFIG"])) == settings
+    assert Path(environment["YADTQ_ACTIVE"]) == own.home.active
+    assert settings.secret not in str(environment)
 
 
 def test_ensure_up_is_cheap_when_up(own: Stack) -> None:

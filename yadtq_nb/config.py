@@ -6,7 +6,9 @@
     YADTQ_BROKER   another Kafka-compatible broker binary for the local stack
     YADTQ_IDLE     seconds without work after which the local stack stops by itself; 0 for never
     YADTQ_HOME     where the local stack keeps its state, instead of the user's state directory
-    YADTQ_SETTINGS all settings as JSON: how a node is told its own, and so what Queue() uses inside a task
+
+    YADTQ_CONFIG   a file with all settings, and
+    YADTQ_ACTIVE   a file to touch while there is work: set by the local stack for its nodes and what they start
 
 yadtq.toml, in the working directory, one of its parents, or the user's configuration directory:
 
@@ -36,7 +38,6 @@ from yadtq_nb.errors import ConfigError
 #: (Tansu); "poll": long poll, for Apache Kafka.
 Reading = Literal["wake", "poll"]
 
-SETTINGS: Final = "YADTQ_SETTINGS"
 _FILE: Final = "yadtq.toml"
 #: Keys of the file that are about the local stack only.
 _LOCAL_KEYS: Final = ("broker", "idle")
@@ -101,9 +102,9 @@ def load(*, kafka: str | None = None, redis: str | None = None, secret: str | No
     Raises:
         ConfigError: only one of Kafka and Redis is given, there is no secret, or the file is wrong.
     """
-    inherited = os.environ.get(SETTINGS)
-    if inherited and not (kafka or redis or secret):
-        return from_json(inherited)
+    handed_down = os.environ.get("YADTQ_CONFIG")
+    if handed_down and not (kafka or redis):
+        return read(Path(handed_down))
     file, settings = _read_file()
     for name in _LOCAL_KEYS:
         settings.pop(name, None)
@@ -128,21 +129,16 @@ def load(*, kafka: str | None = None, redis: str | None = None, secret: str | No
         raise ConfigError(f"{file or 'settings'}: {exc}") from exc
 
 
-def from_json(text: str) -> Config:
-    """Read what to_json wrote.
+def read(path: Path) -> Config:
+    """Return the settings that a local stack wrote to a file.
 
     Raises:
-        ConfigError: it is not such a text.
+        ConfigError: the file is missing or wrong.
     """
     try:
-        return msgspec.json.decode(text, type=Config)
-    except msgspec.MsgspecError as exc:
-        raise ConfigError(f"{SETTINGS} cannot be read: {exc}") from exc
-
-
-def to_json(config: Config) -> str:
-    """Write all settings, the secret too, for a process of the same owner."""
-    return msgspec.json.encode(config).decode()
+        return msgspec.json.decode(path.read_bytes(), type=Config)
+    except (OSError, msgspec.MsgspecError) as exc:
+        raise ConfigError(f"{path}, which YADTQ_CONFIG or the local stack names, cannot be read: {exc}") from exc
 
 
 def worker_environment() -> dict[str, str]:
@@ -154,6 +150,12 @@ def worker_environment() -> dict[str, str]:
 def python_path() -> str:
     """Return PYTHONPATH as it is set, or nothing."""
     return os.environ.get("PYTHONPATH", "")
+
+
+def activity_file() -> Path | None:
+    """Return the file that a node touches while it has work, or None outside of a local stack."""
+    path = os.environ.get("YADTQ_ACTIVE")
+    return Path(path) if path else None
 
 
 def idle_limit() -> float | None:

@@ -101,6 +101,15 @@ class ChunkHead(msgspec.Struct, frozen=True, array_like=True):
         return chunk_id(self.job, self.number)
 
 
+class BrokenItem(msgspec.Struct, frozen=True):
+    """Stands in a chunk's arguments for an item that could not be pickled: its task fails, its mates run."""
+
+    #: Index of the task in its job.
+    index: int
+    #: Why it could not be pickled.
+    message: str
+
+
 class Manifest(msgspec.Struct, frozen=True):
     """What the queue knows of a job before its first chunk."""
 

@@ -201,13 +201,13 @@ class LocalCluster:
                 parts.append(
                     servers.node(
                         self._home,
-                        chosen,
                         queue=self._queue,
                         slots=slots,
                         name=worker.name,
                         command=worker_command,
                     )
                 )
+            self._home.write_settings(chosen)
             servers.write_plan(
                 self._home, parts, idle=None, restart_nodes=restart, ephemeral=True, node_grace=_NODE_GRACE
             )

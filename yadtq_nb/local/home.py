@@ -121,11 +121,11 @@ class Home:
 
     def write_settings(self, settings: config.Config) -> None:
         """Store how to reach the stack."""
-        self.write(self.config, config.to_json(settings).encode())
+        self.write(self.config, msgspec.json.encode(settings))
 
     def settings(self) -> config.Config:
         """Return how to reach the stack."""
-        return config.from_json(self.config.read_text())
+        return config.read(self.config)
 
     def touch(self) -> None:
         """Put off the idle stop."""

@@ -90,7 +90,6 @@ def store(home: Home, port: int, password: str) -> dict[str, Any]:
 
 def node(
     home: Home,
-    settings: config.Config,
     *,
     queue: str,
     slots: int,
@@ -101,8 +100,8 @@ def node(
     """Return the plan of a worker node; the keeper adds its id."""
     return {
         "name": name,
-        "argv": [*command, "--queue", queue, "--slots", str(slots), "--active", str(home.active)],
-        "env": {config.SETTINGS: config.to_json(settings), **_python_path()},
+        "argv": [*command, "--queue", queue, "--slots", str(slots)],
+        "env": {"YADTQ_CONFIG": str(home.config), "YADTQ_ACTIVE": str(home.active), **_python_path()},
         "cwd": str(home.path),
         "queue": queue,
         "slots": slots,

@@ -172,7 +172,7 @@ class Stack:
         time.sleep(0.002)  # it starts, stops or restarts a server
 
     def _ask_to_serve(self, queue: str) -> None:
-        spec = self._node(self.home.settings(), queue, name="")
+        spec = self._node(queue, name="")
         with contextlib.suppress(LocalStackError):  # it may be stopping: then it is started anew
             self.home.ask(do="serve", spec=spec)
 
@@ -183,12 +183,11 @@ class Stack:
             kill_leftovers(last)
         for _ in range(_PORT_ATTEMPTS):
             identity = self._identity()
-            settings = identity.settings()
-            self.home.write_settings(settings)
+            self.home.write_settings(identity.settings())
             parts = [
                 servers.broker(self.home, identity.broker_port),
                 servers.store(self.home, identity.store_port, identity.password),
-                *self._nodes(settings, queue, last if crashed else None),
+                *self._nodes(queue, last if crashed else None),
             ]
             servers.write_plan(self.home, parts, idle=self._idle(), after_crash=crashed)
             # What it says is of the last keeper: it must not be taken for the new one's word.
@@ -201,19 +200,18 @@ class Stack:
             return
         raise LocalStackError(f"{died}:\n{self.home.tail(died.part)}\nThe whole log: {self.home.log(died.part)}")
 
-    def _nodes(self, settings: config.Config, queue: str, crashed: KeeperState | None) -> list[dict[str, Any]]:
+    def _nodes(self, queue: str, crashed: KeeperState | None) -> list[dict[str, Any]]:
         """Return the nodes to start: one for the queue, and those that were lost in a crash, as their successors."""
         lost = {part.queue: part.node_id for part in (crashed.parts if crashed else ()) if part.queue}
         queues = list(dict.fromkeys([queue, *lost]))
         return [
-            self._node(settings, name, name=f"node-{number}", predecessor=lost.get(name, ""))
+            self._node(name, name=f"node-{number}", predecessor=lost.get(name, ""))
             for number, name in enumerate(queues, start=1)
         ]
 
-    def _node(self, settings: config.Config, queue: str, *, name: str, predecessor: str = "") -> dict[str, Any]:
+    def _node(self, queue: str, *, name: str, predecessor: str = "") -> dict[str, Any]:
         return servers.node(
             self.home,
-            settings,
             queue=queue,
             slots=self._slots or cores(),
             name=name,

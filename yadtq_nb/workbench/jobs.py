@@ -63,6 +63,8 @@ class News(msgspec.Struct, frozen=True):
     job: str
     #: Name of the outcomes that came, or "" when only the end is told.
     field: str
+    #: How many tasks got their outcome.
+    count: int
     #: The outcomes themselves when they are small, else None: fetch them.
     frame: bytes | None
     #: True when the job ended with it.
@@ -254,7 +256,7 @@ class JobStore:
 
 
 def _news(fields: dict[bytes, bytes]) -> News:
-    return News(fields[b"j"].decode(), fields[b"f"].decode(), fields.get(b"b"), fields[b"e"] == b"1")
+    return News(fields[b"j"].decode(), fields[b"f"].decode(), int(fields[b"n"]), fields.get(b"b"), fields[b"e"] == b"1")
 
 
 def _record(fields: dict[bytes, bytes], sending: bool, now: float, ttl: int) -> JobRecord:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-from pathlib import Path
 
 from yadtq_nb import config
 from yadtq_nb.errors import ConfigError
@@ -18,11 +17,10 @@ def main() -> None:
     parser.add_argument("--slots", type=int, required=True)
     parser.add_argument("--node-id", default="")
     parser.add_argument("--predecessor", default="")
-    parser.add_argument("--active", type=Path, default=None)
     given = parser.parse_args()
     settings = config.load()
     if settings is None:
-        raise ConfigError(f"no servers are configured: set {config.SETTINGS}, or YADTQ_KAFKA and YADTQ_REDIS")
+        raise ConfigError("no servers are configured: set YADTQ_CONFIG, or YADTQ_KAFKA and YADTQ_REDIS")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     serve(
         settings,
@@ -30,13 +28,13 @@ def main() -> None:
         slots=given.slots,
         id=given.node_id,
         predecessor=given.predecessor,
-        active=given.active,
+        active=config.activity_file(),
         ready=_say_ready,
     )
 
 
-def _say_ready(node: Node) -> None:
-    print("ready", node.id, flush=True)  # noqa: T201  # what the keeper waits for
+def _say_ready(_: Node) -> None:
+    print("ready", flush=True)  # noqa: T201  # what the keeper waits for
 
 
 if __name__ == "__main__":

@@ -316,7 +316,7 @@ class Node:
     # What the heart asks and hears.
 
     def _held(self) -> list[tuple[Lease, int]]:
-        """Leases with the offset that runs now; what waits in the outbox is still held."""
+        """Leases with the offset that runs now, or -1."""
         running = self.pool.running()
         with self._leases_lock:
             return [(lease, running[id][1] if id in running else -1) for id, lease in self._leases.items()]

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from yadtq_nb import journal
 from yadtq_nb.config import Config
+from yadtq_nb.errors import CodecError
 from yadtq_nb.workbench.jobs import JobStore
 
 log = logging.getLogger(__name__)
@@ -22,18 +23,18 @@ def restore_jobs(config: Config, queue: str, entries: Iterable[tuple[str, bytes 
     try:
         for key, value in entries:
             if value is not None:
-                _restore(config, store, key, value)
+                try:
+                    _restore(store, journal.decode(config.key, key, value))
+                except CodecError as exc:
+                    log.error("entry %s of the jobs topic is passed by: %s", key, exc)
     finally:
         store.close()
 
 
-def _restore(config: Config, store: JobStore, key: str, value: bytes) -> None:
-    entry = journal.decode(config.key, key, value)
+def _restore(store: JobStore, entry: journal.Entry) -> None:
     if isinstance(entry, journal.Blob):
         store.put_blob(entry.name, entry.data)
     elif isinstance(entry, journal.Manifest):
         store.create(entry)
-    elif isinstance(entry, journal.Seal):
-        store.seal(entry)
     else:
-        log.warning("entry %s of the jobs topic is not known here", key)
+        store.seal(entry)

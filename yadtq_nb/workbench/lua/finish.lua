@@ -90,8 +90,8 @@ else
 end
 local ended = end_if_complete(chunk.job, now, keep) and 1 or 0
 if #blob <= inline and not mask then
-  tell(chunk.job, 'f', field, 'e', ended, 'b', blob)
+  tell(chunk.job, 'f', field, 'n', accepted, 'e', ended, 'b', blob)
 else
-  tell(chunk.job, 'f', field, 'e', ended)
+  tell(chunk.job, 'f', field, 'n', accepted, 'e', ended)
 end
 return {answer, accepted}

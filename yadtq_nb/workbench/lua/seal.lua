@@ -4,6 +4,6 @@
 local name = job_key(ARGV[1])
 redis.call('HSET', name, 'id', ARGV[1], 'total', ARGV[2], 'sealed', 1, 'ends', ARGV[3])
 if end_if_complete(ARGV[1], server_time(), tonumber(ARGV[4])) then
-  tell(ARGV[1], 'f', '', 'e', 1)
+  tell(ARGV[1], 'f', '', 'n', 0, 'e', 1)
 end
 return 1

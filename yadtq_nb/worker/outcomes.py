@@ -1,0 +1,198 @@
+"""What the tasks of one chunk came to: kept while they run, and packed into sealed segments."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from array import array
+from collections.abc import Callable, Sequence
+from itertools import repeat
+from operator import sub
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+from yadtq_nb import codec, errors
+from yadtq_nb.model import Environment, ErrorInfo, Segment
+from yadtq_nb.worker import hints
+from yadtq_nb.worker.wire import Order, Report
+
+Send: TypeAlias = Callable[[Report, bytes], None]
+
+_OURS: Final = str(Path(__file__).parent)
+#: Longest traceback and message that travel, in characters; more is cut out of the middle.
+_TEXT: Final = 32 * 1024
+#: An exception that pickles to more than this travels as text, in bytes.
+_PICKLED: Final = 1024 * 1024
+_SUCCEEDED: Final = b"S"
+_FAILED: Final = ord("F")
+
+
+class Outcomes:
+    """Outcomes of one chunk in the order in which its tasks ended.
+
+    The thread that runs tasks fills values and failures first and marks last; another thread may report what is
+    marked at any time. Whoever reports holds the reporter's lock.
+    """
+
+    #: Offset of each task in the chunk, in the order of values.
+    offsets: Sequence[int]
+
+    def __init__(self, order: Order, node: str, secret: bytes) -> None:
+        self._order, self._node, self._secret = order, node, secret
+        #: Where its tasks run, once that is known.
+        self.environment = Environment()
+        self.values: list[Any] = []
+        self.failures: dict[int, ErrorInfo] = {}
+        #: When each task ended, preceded by when the first began; when tasks run side by side: (began, ended) of each.
+        self.marks: list[float] = []
+        self.spans: list[tuple[float, float]] | None = None
+        self.offsets = ()
+        self._reported = 0
+        self._epoch = time.time() - time.perf_counter()
+
+    def fail(self, offset: int, error: BaseException) -> None:
+        """Record that the task at offset raised error."""
+        self.failures[offset] = info(error, self.environment)
+
+    def fail_rest(self, todo: Sequence[int], error: BaseException) -> None:
+        """Record that no task can run, for a reason that is the chunk's."""
+        self.offsets, self.spans = todo, None
+        self.values = [None] * len(todo)
+        self.failures = dict.fromkeys(todo, info(error, self.environment))
+        self.marks = [time.perf_counter()] * (len(todo) + 1)
+
+    def report(self, send: Send, *, last: bool) -> None:
+        """Send what has not been sent.
+
+        Raises:
+            Exception: values cannot be pickled together, when it is not the last report: nothing is sent then.
+        """
+        start, stop = self._reported, self._ended()
+        if start == stop and not last:
+            return
+        offsets = self.offsets[start:stop]
+        values = self._pickle(offsets, self.values[start:stop], last)
+        report, segment = self._pack(offsets, start, stop, last)
+        frame = codec.encode_segment(self._secret, segment, values)
+        self._reported = stop
+        self.values[start:stop] = repeat(None, stop - start)  # a long chunk need not keep what it has sent
+        send(report, frame)
+
+    def _ended(self) -> int:
+        return max(len(self.marks) - 1, 0) if self.spans is None else len(self.spans)
+
+    def _pickle(self, offsets: Sequence[int], values: list[Any], last: bool) -> list[codec.Buffer]:
+        failures = self.failures
+        if failures:
+            values = [value for offset, value in zip(offsets, values, strict=True) if offset not in failures]
+        try:
+            return codec.dumps(values)
+        except BaseException:
+            if not last:
+                raise  # a task that is running may be changing what an earlier one has returned
+        good = []
+        for offset, value in zip([o for o in offsets if o not in failures], values, strict=True):
+            try:
+                codec.dumps(value)
+                good.append(value)
+            except BaseException as exc:
+                self.failures[offset] = self._unpicklable(self._order.first + offset, value, exc)
+        return codec.dumps(good)
+
+    def _unpicklable(self, index: int, value: object, error: BaseException) -> ErrorInfo:
+        text = (
+            f"the result of task {index} cannot be pickled: it is of type {type(value).__qualname__}, and pickling "
+            f"says {type(error).__qualname__}: {hints.message(error)}"
+        )
+        return ours(errors.ResultPickleError(text, index=index))
+
+    def _pack(self, offsets: Sequence[int], start: int, stop: int, last: bool) -> tuple[Report, Segment]:
+        order, count = self._order, stop - start
+        states = _SUCCEEDED * count
+        failures = (
+            {offset: self.failures[offset] for offset in offsets if offset in self.failures} if self.failures else {}
+        )
+        if failures:
+            states = bytes(_FAILED if offset in failures else _SUCCEEDED[0] for offset in offsets)
+        first = offsets[0] if count else 0
+        consecutive = isinstance(offsets, range) or list(offsets) == list(range(first, first + count))
+        began, seconds = self._times(start, stop)
+        segment = Segment(
+            job=order.job,
+            number=order.number,
+            first=order.first + first,
+            count=count,
+            scattered=b"" if consecutive else array("I", [order.first + offset for offset in offsets]).tobytes(),
+            states=states,
+            errors={order.first + offset: failure for offset, failure in failures.items()},
+            started=began.tobytes(),
+            seconds=seconds.tobytes(),
+            worker=self._node,
+            attempts=self._attempts(offsets),
+        )
+        return Report(first, count, b"" if consecutive else array("I", offsets).tobytes(), states, last), segment
+
+    def _times(self, start: int, stop: int) -> tuple[array[float], array[float]]:
+        epoch = self._epoch
+        if self.spans is not None:
+            spans = self.spans[start:stop]
+            return array("d", [epoch + a for a, _ in spans]), array("d", [b - a for a, b in spans])
+        begins, ends = self.marks[start:stop], self.marks[start + 1 : stop + 1]
+        return array("d", [epoch + mark for mark in begins]), array("d", map(sub, ends, begins))
+
+    def _attempts(self, offsets: Sequence[int]) -> dict[int, int]:
+        attempts = self._order.attempts
+        if not attempts:
+            return {}
+        return {self._order.first + offset: attempts[offset] for offset in offsets if offset in attempts}
+
+
+def info(error: BaseException, environment: Environment) -> ErrorInfo:
+    """Return error as it travels, with notes about what differs between notebook and worker."""
+    hints.annotate(error, environment)
+    return ErrorInfo(
+        type_name=_type_name(type(error)),
+        message=_shorten(hints.message(error)),
+        traceback=_shorten(_traceback(error)),
+        pickled=_pickle_error(error),
+    )
+
+
+def ours(error: errors.TaskError) -> ErrorInfo:
+    """Return an error of this package about one task, as it travels."""
+    name = type(error).__name__
+    error.type_name = f"yadtq_nb.errors.{name}"
+    return ErrorInfo(error.type_name, _shorten(str(error)), "", _pickle_error(error), name)
+
+
+def _type_name(cls: type) -> str:
+    return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _traceback(error: BaseException) -> str:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_OURS):
+        trace = trace.tb_next
+    try:
+        return "".join(traceback.format_exception(type(error), error, trace))
+    except Exception as exc:  # the error's own __str__ or a lying __cause__
+        return f"{_type_name(type(error))}: its traceback cannot be shown: {type(exc).__qualname__}\n"
+
+
+def _pickle_error(error: BaseException) -> bytes:
+    try:
+        data = b"".join(codec.dumps(error.with_traceback(None)))
+        if len(data) <= _PICKLED and type(codec.loads(data)) is type(error):
+            return data
+    except BaseException:  # whatever its __reduce__ or constructor raises: it travels as text
+        pass
+    return b""
+
+
+def _shorten(text: str) -> str:
+    # "replace": a lone surrogate cannot be encoded, and would cost the chunk all of its outcomes
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    if len(text) <= _TEXT:
+        return text
+    half = _TEXT // 2
+    return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters left out ...]\n{text[-half:]}"

@@ -1,0 +1,449 @@
+"""The slots of a node, seen from the node's process.
+
+    any thread                     SlotPool                          child processes
+    reserve ─▶ run(lease) ───────▶ an idle slot's socket ──────────▶ slot: runs the chunk
+                                   progress, shared memory ◀──────── offset of the task that runs
+    main thread
+    poll ◀── Outcomes, Died ◀───── selector ◀─────────────────────── segments
+                                            ◀── forked, exited ───── template: forks and reaps slots
+
+A slot runs one chunk at a time. It keeps the environment (working directory, local modules) of its first chunk: a
+chunk of another one gets a fresh slot. A slot that dies is replaced at once, and its chunk comes back as Died; if the
+template dies, all slots die with it, and are started again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import selectors
+import socket
+import threading
+import time
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, TypeAlias
+
+import msgspec
+
+from yadtq_nb.model import Environment, Lease
+from yadtq_nb.worker import processes, wire
+from yadtq_nb.worker.launch import Launcher, launcher, shared_memory
+from yadtq_nb.worker.wire import NO_OFFSET, Note, Order, Report, Setup
+
+#: A log longer than this is cut, in bytes, and how much of it is kept.
+_LOG_LIMIT: Final = 8 * 1024 * 1024
+_LOG_KEPT: Final = 64 * 1024
+_LOG_EVERY: Final = 1.0
+#: What of a dead slot's log is shown.
+_LAST_LINES: Final = 20
+_LAST_BYTES: Final = 16 * 1024
+#: A template that lives for less is started again with growing delay, in seconds.
+_SHORT_LIFE: Final = 1.0
+_LONGEST_DELAY: Final = 5.0
+
+_decode_report = msgspec.msgpack.Decoder(Report).decode
+
+
+class Outcomes(msgspec.Struct, frozen=True):
+    """Some tasks of a chunk have ended."""
+
+    lease: Lease
+    #: Offsets in the chunk.
+    offsets: range | list[int]
+    #: b"S" or b"F" for each.
+    states: bytes
+    #: The sealed segment.
+    frame: bytes
+    #: True when the chunk is done and its slot free.
+    last: bool
+
+
+class Died(msgspec.Struct, frozen=True):
+    """A slot has ended. The chunk that it ran, if any, is not done."""
+
+    lease: Lease | None
+    #: Offset of the task that ran, or None when it had begun with none.
+    offset: int | None
+    #: Such as "killed by SIGKILL" or "exited with status 3".
+    reason: str
+    #: The last lines of what the slot wrote while it had this chunk.
+    stderr: str
+
+
+SlotEvent: TypeAlias = Outcomes | Died
+
+
+class _Slot:
+    """One child process, from its request to its end."""
+
+    def __init__(self, serial: int, number: int, log: Path) -> None:
+        self.serial, self.number, self.log = serial, number, log
+        self.sock, self.theirs = socket.socketpair()
+        self.progress_fd = shared_memory()
+        self.progress = memoryview(mmap.mmap(self.progress_fd, wire.PROGRESS_SIZE)).cast("I")
+        self.progress[0] = NO_OFFSET
+        self.inbox = wire.Inbox()
+        self.sending = threading.Lock()
+        self.pid: int | None = None
+        self.doomed = False
+        self.environment: Environment | None = None
+        self.lease: Lease | None = None
+        self.log_start = 0
+        self.used = 0.0
+
+    def handed_over(self) -> None:
+        """Close the child's ends here."""
+        self.theirs.close()
+        os.close(self.progress_fd)
+
+    def offset(self) -> int | None:
+        """Offset of the task that runs, or None."""
+        offset = self.progress[0]
+        return None if offset == NO_OFFSET else offset
+
+    def suits(self, environment: Environment) -> bool:
+        """Return whether a chunk of environment may run here without seeing modules of another."""
+        mine = self.environment
+        if mine is None or mine == environment:
+            return True
+        # Without a tree it needs no local modules, so those that are loaded do not matter.
+        return not environment.tree and environment == msgspec.structs.replace(mine, tree="", tree_root="")
+
+    def close(self) -> None:
+        """Let go of the socket, also under a thread that is sending."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        with self.sending:
+            self.sock.close()
+
+
+class SlotPool:
+    """Runs chunks in child processes. Made, started, polled and stopped by the main thread."""
+
+    def __init__(
+        self, *, slots: int, secret: bytes, node: str, directory: Path, on_ready: Callable[[], None] | None = None
+    ) -> None:
+        """Prepare a pool; nothing is started yet.
+
+        Args:
+            slots: how many chunks run at a time.
+            secret: what records are verified and outcomes sealed with.
+            node: the node's id, for the outcomes.
+            directory: for logs and unpacked source trees; made if need be.
+            on_ready: called by poll when all slots have been forked for the first time.
+        """
+        self._count, self._directory = slots, directory
+        self._setup = Setup(secret, node, str(directory))
+        self._on_ready = on_ready
+        self._lock = threading.RLock()
+        self._selector = selectors.DefaultSelector()
+        self._slots: dict[int, _Slot] = {}
+        self._reserved = 0
+        self._serial = 0
+        self._events: list[SlotEvent] = []
+        self._launcher: Launcher | None = None
+        self._started_at = self._restart_at = self._logs_at = 0.0
+        self._short_lives = 0
+        self._stopped = False
+        self._woken, self._waker = os.pipe()
+        os.set_blocking(self._woken, False)
+        os.set_blocking(self._waker, False)
+        self._selector.register(self._woken, selectors.EVENT_READ)
+
+    def start(self) -> None:
+        """Start the template and the slots. Orders may be given at once."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        with self._lock:
+            self._launcher = launcher(self._directory, self._count)
+            self._started_at = time.monotonic()
+            self._selector.register(self._launcher.fileno(), selectors.EVENT_READ)
+            for number in range(self._count):
+                self._add(number)
+
+    def reserve(self, n: int) -> int:
+        """Claim up to n free slots, and return how many. Thread-safe."""
+        with self._lock:
+            free = sum(slot.lease is None for slot in self._slots.values()) - self._reserved
+            claimed = max(0, min(n, free))
+            self._reserved += claimed
+            return claimed
+
+    def unreserve(self, n: int) -> None:
+        """Give claimed slots back. Thread-safe."""
+        with self._lock:
+            self._reserved -= n
+
+    def run(
+        self,
+        lease: Lease,
+        *,
+        function_path: Path | None = None,
+        tree_path: Path | None = None,
+        arguments_path: Path | None = None,
+        skip: frozenset[int] = frozenset(),
+    ) -> None:
+        """Run a chunk in one of the slots that were claimed. Thread-safe; never raises for what happens to the slot.
+
+        Args:
+            function_path: sealed blob of the function, when it does not travel in the record.
+            tree_path: sealed blob of the source tree that the chunk's environment names.
+            arguments_path: sealed blob of the arguments, when they do not travel in the record.
+            skip: offsets that are not to be run, besides those that are done.
+        """
+        head = lease.head
+        order = Order(
+            head.job,
+            head.number,
+            head.first,
+            head.count,
+            tuple(skip | lease.done),
+            _attempts(lease),
+            *[str(path) if path else "" for path in (function_path, tree_path, arguments_path)],
+        )
+        with self._lock:
+            self._reserved -= 1
+            slot = self._choose(head.environment)
+            if slot is None:
+                self._events.append(Died(lease, None, "no slot was alive to run it", ""))
+                self.wake()
+                return
+            slot.lease, slot.environment, slot.used = lease, slot.environment or head.environment, time.monotonic()
+            slot.progress[0] = NO_OFFSET
+            slot.log_start = _size(slot.log)
+            slot.sending.acquire()
+        try:
+            wire.send(slot.sock, order, lease.record)
+        except OSError:
+            pass  # the slot has died, as poll will tell
+        finally:
+            slot.sending.release()
+
+    def poll(self, timeout: float) -> list[SlotEvent]:
+        """Wait up to timeout seconds for something to happen, and return what did."""
+        if self._events:
+            timeout = 0.0
+        if self._launcher is None and not self._stopped:
+            timeout = min(timeout, max(0.0, self._restart_at - time.monotonic()))
+        for key, _ in self._selector.select(timeout):
+            if isinstance(key.data, _Slot):
+                self._receive(key.data)
+            elif key.fd == self._woken:
+                self._drain_wake()
+            else:
+                self._hear()
+        self._tend()
+        with self._lock:
+            events, self._events = self._events, []
+        return events
+
+    def wake(self) -> None:
+        """Make poll return. Thread-safe."""
+        with contextlib.suppress(BlockingIOError, OSError):
+            os.write(self._waker, b"!")
+
+    def running(self) -> dict[str, tuple[Lease, int]]:
+        """Return by chunk id what runs, and the offset of its current task, -1 before its first. Thread-safe."""
+        with self._lock:
+            slots = [slot for slot in self._slots.values() if slot.lease]
+            return {
+                slot.lease.head.id: (slot.lease, -1 if (offset := slot.offset()) is None else offset)
+                for slot in slots
+                if slot.lease
+            }
+
+    def kill(self, chunk_id: str) -> None:
+        """SIGKILL the slot that runs a chunk, with its process group; poll then tells Died. Thread-safe."""
+        with self._lock:
+            for slot in self._slots.values():
+                if slot.lease and slot.lease.head.id == chunk_id:
+                    slot.doomed = True
+                    if slot.pid:
+                        processes.kill(slot.pid, group=True)
+
+    def pids(self) -> list[int]:
+        """Return the process ids of the slots. Thread-safe."""
+        with self._lock:
+            return [slot.pid for slot in self._slots.values() if slot.pid]
+
+    def stop(self, grace: float) -> list[SlotEvent]:
+        """Wait up to grace seconds for what runs, then end all processes. May be called again.
+
+        Returns:
+            What happened meanwhile. A chunk that was cut off has no last event.
+        """
+        events: list[SlotEvent] = []
+        until = time.monotonic() + grace
+        while self._launcher and self.running() and time.monotonic() < until:
+            events += self.poll(until - time.monotonic())
+        with self._lock:
+            if self._stopped:
+                return events
+            self._stopped = True
+            slots, self._slots = list(self._slots.values()), {}
+            running, self._launcher = self._launcher, None
+        if running:
+            self._selector.unregister(running.fileno())
+            running.end()
+        for slot in slots:
+            self._retire(slot)
+        self._selector.close()
+        os.close(self._woken)
+        os.close(self._waker)
+        return events + self._events
+
+    def _add(self, number: int) -> _Slot:
+        """Ask for a fresh slot. It takes orders at once: its socket holds them until it is there."""
+        assert self._launcher is not None  # callers hold the lock and have looked
+        self._serial += 1
+        slot = _Slot(self._serial, number, self._directory / f"slot-{number}.log")
+        self._slots[slot.serial] = slot
+        self._launcher.fork(slot.serial, slot.theirs, slot.progress_fd, str(slot.log))
+        slot.handed_over()
+        with contextlib.suppress(OSError):
+            wire.send(slot.sock, self._setup)
+        self._selector.register(slot.sock, selectors.EVENT_READ, slot)
+        return slot
+
+    def _choose(self, environment: Environment) -> _Slot | None:
+        idle = [slot for slot in self._slots.values() if slot.lease is None]
+        for slot in idle:
+            if slot.environment == environment:
+                return slot
+        for slot in idle:
+            if slot.suits(environment):
+                return slot
+        if not idle or self._launcher is None:
+            return None
+        oldest = min(idle, key=lambda slot: slot.used)
+        self._launcher.kill(oldest.serial)
+        del self._slots[oldest.serial]
+        self._retire(oldest)
+        return self._add(oldest.number)
+
+    def _retire(self, slot: _Slot) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(slot.sock)
+        slot.close()
+
+    def _receive(self, slot: _Slot) -> bool:
+        """Take in what a slot has to say, and return whether it may have more."""
+        frames, gone = slot.inbox.pull(slot.sock)
+        with self._lock:
+            for head, frame in frames:
+                report = _decode_report(head)
+                if slot.lease is not None:
+                    self._events.append(Outcomes(slot.lease, _offsets(report), report.states, frame, report.last))
+                if report.last:
+                    slot.lease = None
+            if gone:  # how it ended, the launcher will tell
+                with contextlib.suppress(KeyError, ValueError):
+                    self._selector.unregister(slot.sock)
+        return bool(frames) and not gone
+
+    def _hear(self) -> None:
+        """Take in what the launcher has to say."""
+        if self._launcher is None:
+            return
+        notes = self._launcher.notes()
+        if notes is None:
+            self._restart_later()
+            return
+        for note in notes:
+            slot = self._slots.get(note.slot)
+            if slot and note.act == "forked":
+                self._forked(slot, note)
+            elif slot and note.act == "exited":
+                self._exited(slot, processes.describe(note.value))
+                with self._lock:
+                    self._add(slot.number)
+
+    def _forked(self, slot: _Slot, note: Note) -> None:
+        slot.pid = note.value
+        if slot.doomed:
+            processes.kill(slot.pid, group=True)
+        if self._on_ready and len(self.pids()) == self._count:
+            ready, self._on_ready = self._on_ready, None
+            ready()
+
+    def _exited(self, slot: _Slot, reason: str) -> None:
+        while self._receive(slot):
+            pass  # what it has sent before its end counts
+        with self._lock:
+            self._slots.pop(slot.serial, None)
+            self._retire(slot)
+            self._events.append(Died(slot.lease, slot.offset() if slot.lease else None, reason, _tail(slot)))
+
+    def _restart_later(self) -> None:
+        """The template has died, and all slots with it."""
+        with self._lock:
+            dead, self._launcher = self._launcher, None
+        assert dead is not None  # _hear has looked, and only the main thread clears it
+        self._selector.unregister(dead.fileno())
+        reason = f"killed with its template, which was {dead.end()}"
+        for slot in list(self._slots.values()):
+            if slot.pid:
+                processes.kill(slot.pid, group=True)
+            self._exited(slot, reason)
+        lived = time.monotonic() - self._started_at
+        self._short_lives = self._short_lives + 1 if lived < _SHORT_LIFE else 0
+        delay = min(0.05 * 2**self._short_lives, _LONGEST_DELAY) if self._short_lives else 0.0
+        self._restart_at = time.monotonic() + delay
+
+    def _tend(self) -> None:
+        now = time.monotonic()
+        if self._launcher is None and not self._stopped and self._started_at and now >= self._restart_at:
+            self.start()
+        if now >= self._logs_at:
+            self._logs_at = now + _LOG_EVERY
+            for number in range(self._count):
+                _bound(self._directory / f"slot-{number}.log")
+
+    def _drain_wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._woken, 4096):
+                pass
+
+
+def _attempts(lease: Lease) -> dict[int, int]:
+    """Return the attempt of each task that has been tried before."""
+    if not lease.lapses:
+        return {offset: count + 1 for offset, count in lease.crashes.items()}
+    # A crash of the node is in both counts, so they do not add up.
+    return {offset: 1 + max(lease.lapses, lease.crashes.get(offset, 0)) for offset in range(lease.head.count)}
+
+
+def _offsets(report: Report) -> range | list[int]:
+    if report.scattered:
+        return array("I", report.scattered).tolist()
+    return range(report.first, report.first + report.count)
+
+
+def _size(path: Path) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+def _tail(slot: _Slot) -> str:
+    """Return the last lines of what a slot has written since its chunk began."""
+    try:
+        with slot.log.open("rb") as file:
+            file.seek(max(slot.log_start, _size(slot.log) - _LAST_BYTES))
+            return "\n".join(file.read().decode("utf-8", "replace").splitlines()[-_LAST_LINES:])
+    except OSError:
+        return ""
+
+
+def _bound(path: Path) -> None:
+    """Cut a log that is too long; those who append to it go on at its new end."""
+    if _size(path) > _LOG_LIMIT:
+        with contextlib.suppress(OSError), path.open("r+b") as file:
+            file.seek(-_LOG_KEPT, os.SEEK_END)
+            kept = file.read()
+            file.seek(0)
+            file.write(b"[... cut ...]\n" + kept)
+            file.truncate()

@@ -1,0 +1,93 @@
+"""Making sure that processes end: with their parent, with their group, and with whatever they have started."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Final
+
+#: Only Linux has the means (prctl, /proc) that the template is built on.
+LINUX: Final = sys.platform.startswith("linux")
+
+_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_CHILD_SUBREAPER: Final = 36
+
+
+def die_with_parent(parent: int, signum: signal.Signals) -> bool:
+    """Have the kernel send signum when the parent's thread that made this process ends.
+
+    Returns:
+        False when the parent is gone already, so that the signal will never come.
+    """
+    _prctl(_PR_SET_PDEATHSIG, signum)
+    return os.getppid() == parent
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every descendant whose own parent ends, however well it has daemonised itself."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def children() -> list[int]:
+    """Return the children of this process, which must be single-threaded; empty where /proc does not tell."""
+    pid = os.getpid()
+    try:
+        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_bytes().split()))
+    except OSError:
+        return [child for child in _processes() if _parent(child) == pid]
+
+
+def kill(pid: int, *, group: bool = False) -> None:
+    """SIGKILL a process, and its process group if asked, unless it is gone."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, signal.SIGKILL)
+    if group:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
+
+
+def marked(mark: str) -> list[int]:
+    """Return the processes, other than this one, that were started with mark ("NAME=value") in their environment."""
+    needle = b"\0" + mark.encode() + b"\0"
+    return [pid for pid in _processes() if pid != os.getpid() and needle in b"\0" + _read(pid, "environ")]
+
+
+def describe(status: int) -> str:
+    """Return in words how a process ended, from its wait status."""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        try:
+            return f"killed by {signal.Signals(number).name}"
+        except ValueError:
+            return f"killed by signal {number}"
+    return f"exited with status {os.waitstatus_to_exitcode(status)}"
+
+
+def _prctl(option: int, value: int) -> None:
+    library = ctypes.CDLL(None, use_errno=True)
+    if library.prctl(option, ctypes.c_ulong(value), 0, 0, 0):
+        number = ctypes.get_errno()
+        raise OSError(number, f"prctl({option}): {os.strerror(number)}")
+
+
+def _processes() -> list[int]:
+    try:
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    except OSError:
+        return []
+
+
+def _read(pid: int, name: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except OSError:
+        return b""
+
+
+def _parent(pid: int) -> int:
+    fields = _read(pid, "stat").rpartition(b")")[2].split()
+    return int(fields[1]) if len(fields) > 1 else -1

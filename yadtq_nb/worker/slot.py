@@ -1,0 +1,274 @@
+"""A slot: the process that runs tasks, one chunk at a time, and the only one that unpickles.
+
+It may be killed at any moment; it then leaves its progress in memory that it shares with the pool. Nothing is
+unpickled before its signature is verified, and no error of a task or of a chunk ends the slot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import mmap
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import msgspec
+
+from yadtq_nb import codec, errors, source
+from yadtq_nb.model import ChunkHead, Environment
+from yadtq_nb.worker import hints, processes, running, wire
+from yadtq_nb.worker.outcomes import Outcomes
+from yadtq_nb.worker.wire import Order, Report, Setup
+
+if TYPE_CHECKING:
+    import asyncio
+
+#: A chunk that runs for longer reports what it has this often, in seconds.
+_REPORT_EVERY: Final = 0.2
+#: Ticks without work after which the reporter sleeps until it is woken.
+_PARK_AFTER: Final = 10
+#: Functions that a slot keeps.
+_FUNCTIONS: Final = 16
+
+_decode_setup = msgspec.msgpack.Decoder(Setup).decode
+_decode_order = msgspec.msgpack.Decoder(Order).decode
+
+
+class Slot:
+    """Serves its socket until that closes."""
+
+    def __init__(self, sock: socket.socket, progress: memoryview) -> None:
+        self._sock, self._progress = sock, progress
+        self._pid = os.getpid()
+        self._setup = Setup(b"", "", "")
+        self._functions: dict[str, Callable[..., Any]] = {}
+        self._entered: Environment | None = None
+        self._home = ""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._reporter = Reporter(self._send)
+
+    def serve(self) -> NoReturn:
+        """Run chunk after chunk; the process ends when the pool closes the socket."""
+        first = wire.receive(self._sock)
+        if first is None:
+            os._exit(0)
+        self._setup = _decode_setup(first[0])
+        while (frame := wire.receive(self._sock)) is not None:
+            self._run(_decode_order(frame[0]), frame[1])
+        os._exit(0)
+
+    def _run(self, order: Order, record: bytearray) -> None:
+        skip = frozenset(order.skip)
+        todo: Sequence[int] = range(order.count)
+        if skip:
+            todo = [offset for offset in todo if offset not in skip]
+        outcomes = Outcomes(order, self._setup.node, self._setup.secret)
+        try:
+            head, call, items = self._open(order, record)
+        except BaseException as exc:
+            outcomes.fail_rest(todo, exc)
+        else:
+            del record
+            self._reporter.begin(outcomes)
+            self._run_tasks(head, call, items, todo, outcomes)
+        if os.getpid() != self._pid:
+            os._exit(0)  # a task has forked, and the child has come back: it must not speak for the slot
+        self._reporter.finish(outcomes)
+
+    def _run_tasks(
+        self, head: ChunkHead, call: Callable[..., Any], items: Sequence[Any], todo: Sequence[int], outcomes: Outcomes
+    ) -> None:
+        outcomes.environment = head.environment
+        runnable = running.fail_broken(outcomes, head.first, items, todo)
+        if head.concurrent:
+            running.run_together(self._event_loop(), call, head.style, items, runnable, self._progress, outcomes)
+        else:
+            running.run_each(call, head.style, items, runnable, self._progress, outcomes)
+
+    def _open(self, order: Order, record: bytearray) -> tuple[ChunkHead, Callable[..., Any], Sequence[Any]]:
+        """Verify and unpickle a chunk, in the environment where it is to run."""
+        head, function, arguments = codec.decode_chunk(self._setup.secret, record)
+        if (head.job, head.number, head.first, head.count) != (order.job, order.number, order.first, order.count):
+            raise errors.FormatError(f"record of chunk {head.id} came for chunk {order.job}:{order.number}")
+        self._enter(head.environment, order.tree)
+        with _explained(head):
+            call = self._function(head, function, order.function)
+            if order.arguments:
+                arguments = self._blob(codec.ARGUMENTS, order.arguments)
+            items = codec.loads(arguments)
+        if len(items) != head.count:
+            raise errors.FormatError(f"chunk {head.id} says {head.count} tasks and holds {len(items)}")
+        return head, call, items
+
+    def _enter(self, environment: Environment, tree_path: str) -> None:
+        if self._entered != environment:
+            tree = bytes(self._blob(codec.TREE, tree_path, environment.tree)) if tree_path else None
+            self._home = source.enter(environment, tree, Path(self._setup.directory) / "trees")
+            self._entered = environment
+        else:
+            os.chdir(self._home)  # a task may have gone elsewhere
+
+    def _function(self, head: ChunkHead, inline: memoryview, path: str) -> Callable[..., Any]:
+        call = self._functions.get(head.function)
+        if call is None:
+            data = inline if head.function_size else self._blob(codec.FUNCTION, path, head.function)
+            call = _load_function(data, head.environment)
+            while len(self._functions) >= _FUNCTIONS:
+                del self._functions[next(iter(self._functions))]
+            self._functions[head.function] = call
+        return call
+
+    def _blob(self, kind: bytes, path: str, expected: str = "") -> memoryview:
+        if not path:
+            raise errors.FormatError("the chunk's function neither travels with it nor was given as a file")
+        body = codec.unseal(self._setup.secret, kind, Path(path).read_bytes())
+        if expected and codec.content_hash(body) != expected:
+            raise errors.FormatError(f"{path} holds something else than {expected}")
+        return body
+
+    def _event_loop(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            import asyncio
+
+            self._loop = asyncio.new_event_loop()
+            asyncio.set_event_loop(self._loop)
+        return self._loop
+
+    def _send(self, report: Report, frame: bytes) -> None:
+        try:
+            wire.send(self._sock, report, frame)
+        except OSError:
+            os._exit(0)  # the pool has gone
+
+
+class Reporter:
+    """Reports what a long chunk has, from a thread of its own, since a task may run for hours after a quick one."""
+
+    def __init__(self, send: Callable[[Report, bytes], None]) -> None:
+        self._send = send
+        self._lock = threading.Lock()
+        self._wanted = threading.Event()
+        self._parked = True
+        self._outcomes: Outcomes | None = None
+        self._began = 0.0
+        threading.Thread(target=self._tick, name="yadtq-reporter", daemon=True).start()
+
+    def begin(self, outcomes: Outcomes) -> None:
+        """Report these from time to time."""
+        self._began = time.monotonic()
+        self._outcomes = outcomes
+        if self._parked:
+            self._wanted.set()
+
+    def finish(self, outcomes: Outcomes) -> None:
+        """Report the rest."""
+        with self._lock:
+            self._outcomes = None
+            outcomes.report(self._send, last=True)
+
+    def _tick(self) -> None:
+        idle = _PARK_AFTER
+        while True:
+            if idle >= _PARK_AFTER:
+                self._park()
+                idle = 0
+            time.sleep(_REPORT_EVERY)
+            idle = idle + 1 if self._outcomes is None else 0
+            with self._lock:
+                outcomes = self._outcomes
+                if outcomes is not None and time.monotonic() - self._began > _REPORT_EVERY:
+                    # What cannot be pickled now is left to the last report.
+                    with contextlib.suppress(Exception):
+                        outcomes.report(self._send, last=False)
+
+    def _park(self) -> None:
+        # Clear before looking: begin() sets outcomes before it looks at parked, so one of the two sees the other.
+        self._wanted.clear()
+        self._parked = True
+        if self._outcomes is None:
+            self._wanted.wait()
+        self._parked = False
+
+
+def serve_forked(sock: socket.socket, progress_fd: int, log: str, template: int) -> NoReturn:
+    """Become a slot in a process that the template has just forked."""
+    os.setsid()
+    if not processes.die_with_parent(template, signal.SIGKILL):
+        os._exit(0)
+    processes.adopt_orphans()
+    _reseed()
+    _serve(sock, progress_fd, log)
+
+
+def main() -> NoReturn:
+    """Become a slot in a process of its own, where there is no template: on macOS. Arguments: three fds and a log."""
+    sock_fd, progress_fd, leash = map(int, sys.argv[1:4])
+    os.setsid()
+    threading.Thread(target=_end_with, args=(leash,), name="yadtq-leash", daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _serve(socket.socket(fileno=sock_fd), progress_fd, sys.argv[4])
+
+
+def _serve(sock: socket.socket, progress_fd: int, log: str) -> NoReturn:
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a TextIOWrapper, in a process of ours
+    faulthandler.enable()  # a segfault tells where, and the pool shows it
+    progress = memoryview(mmap.mmap(progress_fd, wire.PROGRESS_SIZE)).cast("I")
+    os.close(progress_fd)
+    Slot(sock, progress).serve()
+
+
+def _reseed() -> None:
+    # Forked slots would all draw the same numbers; the random module sees to itself.
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        numpy_random.seed()
+
+
+def _end_with(leash: int) -> NoReturn:
+    os.read(leash, 1)
+    processes.kill(os.getpid(), group=True)
+    os._exit(1)
+
+
+def _load_function(data: codec.Buffer, environment: Environment) -> Callable[..., Any]:
+    trouble = hints.wrong_python(environment)
+    if trouble and b"_make_function" in bytes(data):
+        raise errors.FormatError(trouble)  # the interpreter may crash on another one's bytecode
+    function, fixed = codec.loads(data)
+    if not fixed:
+        return function  # type: ignore[no-any-return]
+    import functools
+
+    return functools.partial(function, **fixed)
+
+
+class _explained:  # noqa: N801  # reads as a verb where it is used
+    """Add a note to whatever unpickling raises, when another Python may be the cause."""
+
+    def __init__(self, head: ChunkHead) -> None:
+        self._head = head
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            trouble = hints.wrong_python(self._head.environment)
+            if trouble:
+                error.add_note(trouble)
+
+
+if __name__ == "__main__":
+    main()

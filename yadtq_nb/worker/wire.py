@@ -1,0 +1,154 @@
+"""What pool, template and slots say to each other, and how it is framed.
+
+pool ──▶ slot      Setup once, then an Order and the chunk's sealed record, one chunk at a time
+slot ──▶ pool      Reports, each with a sealed segment; the last one of a chunk says so
+pool ◀─▶ template  Note, one a datagram, so that file descriptors can ride along
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import Final, Literal, TypeAlias, TypeVar
+
+import msgspec
+
+Buffer: TypeAlias = "bytes | bytearray | memoryview"
+
+#: Value of a slot's progress cell while it has not begun with a task.
+NO_OFFSET: Final = 0xFFFFFFFF
+#: Bytes of the memory that a slot shares with its pool.
+PROGRESS_SIZE: Final = 8
+#: Longest Note, in bytes.
+NOTE_SIZE: Final = 8 * 1024
+
+_PREFIX: Final = struct.Struct("<IQ")
+_JOIN_BELOW: Final = 64 * 1024
+_PULL: Final = 256 * 1024
+_PULLS: Final = 32
+
+S = TypeVar("S", bound=msgspec.Struct)
+encode = msgspec.msgpack.Encoder().encode
+
+
+class Setup(msgspec.Struct, frozen=True, array_like=True):
+    """What a slot learns first."""
+
+    secret: bytes
+    #: Name of the node, for the outcomes.
+    node: str
+    #: The node's directory, shared by its slots.
+    directory: str
+
+
+class Order(msgspec.Struct, frozen=True, array_like=True):
+    """Run one chunk, whose record follows. Nothing in it comes from the record's pickles."""
+
+    job: str
+    number: int
+    first: int
+    count: int
+    #: Offsets that are not to be run.
+    skip: tuple[int, ...]
+    #: Offset -> attempt, where it is not the first.
+    attempts: dict[int, int]
+    #: Files with sealed blobs, or "".
+    function: str
+    tree: str
+    arguments: str
+
+
+class Report(msgspec.Struct, frozen=True, array_like=True):
+    """Outcomes of some tasks; their sealed segment follows."""
+
+    first: int
+    count: int
+    #: Packed uint32 offsets when they are not consecutive.
+    scattered: bytes
+    #: One byte a task.
+    states: bytes
+    last: bool
+
+
+class Note(msgspec.Struct, frozen=True, array_like=True):
+    """A line between pool and template. `slot` is a serial number that is never used twice."""
+
+    act: Literal["fork", "kill", "forked", "exited", "warm"]
+    slot: int = 0
+    #: Process id for "forked", wait status for "exited".
+    value: int = 0
+    #: Log file for "fork".
+    log: str = ""
+
+
+def send(sock: socket.socket, head: msgspec.Struct, body: Buffer = b"") -> None:
+    """Write one frame, blocking until the other side has taken it."""
+    encoded = encode(head)
+    prefix = _PREFIX.pack(len(encoded), len(body))
+    if len(body) < _JOIN_BELOW:
+        sock.sendall(b"".join((prefix, encoded, body)))
+    else:
+        sock.sendall(prefix + encoded)
+        sock.sendall(body)
+
+
+def receive(sock: socket.socket) -> tuple[bytearray, bytearray] | None:
+    """Read one frame, blocking; None when the other side has gone."""
+    prefix = _read(sock, _PREFIX.size)
+    if prefix is None:
+        return None
+    head_size, body_size = _PREFIX.unpack(prefix)
+    head, body = _read(sock, head_size), _read(sock, body_size)
+    return None if head is None or body is None else (head, body)
+
+
+class Inbox:
+    """Puts frames together from a socket without ever waiting for it."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def pull(self, sock: socket.socket) -> tuple[list[tuple[bytes, bytes]], bool]:
+        """Return the frames that are complete, and whether the other side has gone."""
+        frames: list[tuple[bytes, bytes]] = []
+        for _ in range(_PULLS):  # a bound, so that one busy slot does not keep the pool from the others
+            try:
+                data = sock.recv(_PULL, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return frames, False
+            except OSError:
+                return frames, True
+            if not data:
+                return frames, True
+            self._buffer += data
+            self._cut(frames)
+            if len(data) < _PULL:
+                break
+        return frames, False
+
+    def _cut(self, frames: list[tuple[bytes, bytes]]) -> None:
+        buffer = self._buffer
+        while len(buffer) >= _PREFIX.size:
+            head_size, body_size = _PREFIX.unpack_from(buffer)
+            middle = _PREFIX.size + head_size
+            end = middle + body_size
+            if len(buffer) < end:
+                return
+            with memoryview(buffer) as view:
+                frames.append((bytes(view[_PREFIX.size : middle]), bytes(view[middle:end])))
+            del buffer[:end]
+
+
+def _read(sock: socket.socket, size: int) -> bytearray | None:
+    data = bytearray(size)
+    with memoryview(data) as view:
+        position = 0
+        while position < size:
+            try:
+                count = sock.recv_into(view[position:], size - position, socket.MSG_WAITALL)
+            except ConnectionError:
+                return None
+            if not count:
+                return None
+            position += count
+    return data
