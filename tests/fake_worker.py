@@ -24,7 +24,9 @@ if options.child:
     child = subprocess.Popen(["sleep", "600"], start_new_session=True)
     Path(f"child-{child.pid}").touch()
 signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-sys.stdout.write(f"{options.queue} {options.slots} {options.node_id} after {options.predecessor or 'nobody'}\nready\n")
+after = options.predecessor or "nobody"
+sys.stdout.write(f"{options.queue} {options.slots} {options.node_id} after {after}\n")
+sys.stdout.write(f"ready {options.node_id}\n")
 sys.stdout.flush()
 while True:
     signal.pause()

@@ -31,11 +31,11 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends chil
 
 
 @pytest.fixture
-def stack(tmp_path: Path) -> Iterator[Stack]:
+def own(tmp_path: Path) -> Iterator[Stack]:
     # A path too long for a Unix socket, with a space, as home directories may have.
-    stack = Stack(Home(tmp_path / ("long name " * 9)), slots=2, idle=lambda: None, worker=FAKE)
-    yield stack
-    stack.down()
+    own = Stack(Home(tmp_path / ("long name " * 9)), slots=2, idle=lambda: None, worker=FAKE)
+    yield own
+    own.down()
 
 
 def wait_until(what: Callable[[], object], *, timeout: float = 10.0) -> None:
@@ -64,13 +64,13 @@ def is_up(stack: Stack) -> bool:
     return all(part.state == "up" for part in stack.status().parts)
 
 
-def test_stack_is_down_before_it_is_started(stack: Stack) -> None:
-    assert stack.status().state == "down"
-    assert not stack.down()
+def test_stack_is_down_before_it_is_started(own: Stack) -> None:
+    assert own.status().state == "down"
+    assert not own.down()
 
 
-def test_servers_answer_when_ensure_up_returns(stack: Stack) -> None:
-    settings = stack.ensure_up()
+def test_servers_answer_when_ensure_up_returns(own: Stack) -> None:
+    settings = own.ensure_up()
     host, port = settings.kafka.split(":")
     socket.create_connection((host, int(port)), 1).close()
     with Redis.from_url(settings.redis) as store:
@@ -83,104 +83,105 @@ def test_servers_answer_when_ensure_up_returns(stack: Stack) -> None:
     assert settings.watermark_chunks is None
 
 
-def test_store_refuses_who_does_not_know_the_password(stack: Stack) -> None:
-    port = int(stack.ensure_up().redis.rsplit(":", 1)[1].split("/")[0])
+def test_store_refuses_who_does_not_know_the_password(own: Stack) -> None:
+    port = int(own.ensure_up().redis.rsplit(":", 1)[1].split("/")[0])
     with socket.create_connection(("127.0.0.1", port), 1) as connection:
         connection.sendall(b"PING\r\n")
         assert connection.recv(100).startswith(b"-NOAUTH")
 
 
-def test_node_gets_settings_by_file_and_no_secret_in_its_environment(stack: Stack) -> None:
-    settings = stack.ensure_up()
-    wait_until(lambda: is_up(stack))
-    environment = psutil.Process(pids(stack)["node-1"]).environ()
+def test_node_gets_settings_by_file_and_no_secret_in_its_environment(own: Stack) -> None:
+    settings = own.ensure_up()
+    wait_until(lambda: is_up(own))
+    environment = psutil.Process(pids(own)["node-1"]).environ()
     assert config.read(Path(environment["YADTQ_CONFIG"])) == settings
-    assert Path(environment["YADTQ_ACTIVE"]) == stack.home.active
+    assert Path(environment["YADTQ_ACTIVE"]) == own.home.active
     assert settings.secret not in str(environment)
 
 
-def test_ensure_up_is_cheap_when_up(stack: Stack) -> None:
-    stack.ensure_up()
+def test_ensure_up_is_cheap_when_up(own: Stack) -> None:
+    own.ensure_up()
     costs = []
     for _ in range(200):
         start = time.perf_counter()
-        stack.ensure_up()
+        own.ensure_up()
         costs.append(time.perf_counter() - start)
     assert sorted(costs)[100] < 0.001  # measured 0.06 ms; other tests may run beside this one
 
 
-def test_two_processes_at_once_start_one_stack(stack: Stack) -> None:
+def test_two_processes_at_once_start_one_stack(own: Stack) -> None:
     code = f"""
         from pathlib import Path
         from yadtq_nb.local.home import Home
         from yadtq_nb.local.stack import Stack
-        print(Stack(Home(Path({str(stack.home.path)!r})), slots=2, idle=lambda: None, worker={FAKE!r}).ensure_up().kafka)
+        home = Home(Path({str(own.home.path)!r}))
+        print(Stack(home, slots=2, idle=lambda: None, worker={FAKE!r}).ensure_up().kafka)
     """
     starters = [python(code) for _ in range(2)]
     addresses = {starter.communicate(timeout=20)[0] for starter in starters}
     assert len(addresses) == 1
-    assert stack.ensure_up().kafka == addresses.pop().strip()
-    assert stack.home.log("keeper").read_text() == ""
-    assert [part.restarts for part in stack.status().parts] == [0] * 4
+    assert own.ensure_up().kafka == addresses.pop().strip()
+    assert own.home.log("keeper").read_text() == ""
+    assert [part.restarts for part in own.status().parts] == [0] * 4
 
 
 @pytest.mark.parametrize("name", ["broker", "store", "node-1"])
-def test_killed_part_is_seen_by_status_and_healed_on_the_same_port(stack: Stack, name: str) -> None:
-    settings = stack.ensure_up()
-    wait_until(lambda: is_up(stack))
-    before = pids(stack)
+def test_killed_part_is_seen_by_status_and_healed_on_the_same_port(own: Stack, name: str) -> None:
+    settings = own.ensure_up()
+    wait_until(lambda: is_up(own))
+    before = pids(own)
     os.kill(before[name], signal.SIGKILL)
-    wait_until(lambda: part(stack.status(), name).restarts == 1)
-    assert part(stack.status(), name).last_exit == "signal 9"
-    assert stack.ensure_up() == settings
-    wait_until(lambda: is_up(stack))
-    after = pids(stack)
+    wait_until(lambda: part(own.status(), name).restarts == 1)
+    assert part(own.status(), name).last_exit == "signal 9"
+    assert own.ensure_up() == settings
+    wait_until(lambda: is_up(own))
+    after = pids(own)
     assert after.pop(name) != before.pop(name)
     assert after == before
 
 
-def test_hung_server_is_seen_by_status(stack: Stack) -> None:
-    stack.ensure_up()
-    pid = pids(stack)["store"]
+def test_hung_server_is_seen_by_status(own: Stack) -> None:
+    own.ensure_up()
+    pid = pids(own)["store"]
     os.kill(pid, signal.SIGSTOP)
     try:
-        assert stack.status().state == "broken"
-        assert part(stack.status(), "store").state == "not answering"
+        assert own.status().state == "broken"
+        assert part(own.status(), "store").state == "not answering"
     finally:
         os.kill(pid, signal.SIGCONT)
-    assert stack.status().state == "up"
+    assert own.status().state == "up"
 
 
 @linux
-def test_killed_keeper_leaves_nothing_running_and_is_healed_on_the_same_ports(stack: Stack) -> None:
-    settings = stack.ensure_up()
-    stack.ensure_up("other")
-    wait_until(lambda: is_up(stack))
-    before = pids(stack)
+def test_killed_keeper_leaves_nothing_running_and_is_healed_on_the_same_ports(own: Stack) -> None:
+    settings = own.ensure_up()
+    own.ensure_up("other")
+    wait_until(lambda: is_up(own))
+    before = pids(own)
     os.kill(before["keeper"], signal.SIGKILL)
     wait_until(lambda: not any(runs(pid) for pid in before.values()))
-    assert stack.status().state == "broken"
-    assert stack.ensure_up() == settings
-    wait_until(lambda: is_up(stack))
-    assert set(pids(stack)) == set(before)
-    assert not set(pids(stack).values()) & set(before.values())
+    assert own.status().state == "broken"
+    assert own.ensure_up() == settings
+    wait_until(lambda: is_up(own))
+    assert set(pids(own)) == set(before)
+    assert not set(pids(own).values()) & set(before.values())
 
 
-def test_restarted_node_is_told_whose_leases_it_may_give_back(stack: Stack) -> None:
-    stack.ensure_up()
-    wait_until(lambda: is_up(stack))
-    os.kill(pids(stack)["node-1"], signal.SIGKILL)
-    wait_until(lambda: part(stack.status(), "node-1").restarts == 1 and is_up(stack))
-    first, second = (line for line in stack.home.log("node-1").read_text().splitlines() if "after" in line)
+def test_restarted_node_is_told_whose_leases_it_may_give_back(own: Stack) -> None:
+    own.ensure_up()
+    wait_until(lambda: is_up(own))
+    os.kill(pids(own)["node-1"], signal.SIGKILL)
+    wait_until(lambda: part(own.status(), "node-1").restarts == 1 and is_up(own))
+    first, second = (line for line in own.home.log("node-1").read_text().splitlines() if "after" in line)
     assert first.endswith("after nobody")
     assert second.endswith(f"after {first.split()[2]}")
 
 
-def test_node_that_dies_at_once_is_failing_and_servers_go_on(stack: Stack) -> None:
-    stack = Stack(stack.home, slots=2, idle=lambda: None, worker=[*FAKE, "--fail"])
-    settings = stack.ensure_up()
-    wait_until(lambda: part(stack.status(), "node-1").state == "failing")
-    status = stack.status()
+def test_node_that_dies_at_once_is_failing_and_servers_go_on(own: Stack) -> None:
+    own = Stack(own.home, slots=2, idle=lambda: None, worker=[*FAKE, "--fail"])
+    settings = own.ensure_up()
+    wait_until(lambda: part(own.status(), "node-1").state == "failing")
+    status = own.status()
     assert status.state == "broken"
     assert "node-1.log" in status.reason
     assert part(status, "node-1").last_exit == "exit code 3"
@@ -189,106 +190,108 @@ def test_node_that_dies_at_once_is_failing_and_servers_go_on(stack: Stack) -> No
 
 
 @linux
-def test_killed_node_leaves_nothing_that_its_tasks_started(stack: Stack) -> None:
-    stack = Stack(stack.home, slots=2, idle=lambda: None, worker=[*FAKE, "--child"])
-    stack.ensure_up()
-    wait_until(lambda: is_up(stack))
-    child = int(next(stack.home.path.glob("child-*")).name.split("-")[1])
+def test_killed_node_leaves_nothing_that_its_tasks_started(own: Stack) -> None:
+    own = Stack(own.home, slots=2, idle=lambda: None, worker=[*FAKE, "--child"])
+    own.ensure_up()
+    wait_until(lambda: is_up(own))
+    child = int(next(own.home.path.glob("child-*")).name.split("-")[1])
     assert runs(child)
-    os.kill(pids(stack)["node-1"], signal.SIGKILL)
+    os.kill(pids(own)["node-1"], signal.SIGKILL)
     wait_until(lambda: not runs(child))
 
 
-def test_down_leaves_no_process_and_is_remembered(stack: Stack) -> None:
-    stack.ensure_up()
-    wait_until(lambda: is_up(stack))
-    before = pids(stack)
-    assert stack.down()
+def test_down_leaves_no_process_and_is_remembered(own: Stack) -> None:
+    own.ensure_up()
+    wait_until(lambda: is_up(own))
+    before = pids(own)
+    assert own.down()
     assert not any(runs(pid) for pid in before.values())
-    assert stack.status() == StackStatus(state="down", directory=str(stack.home.path), reason="asked")
-    assert not stack.down()
+    assert own.status() == StackStatus(state="down", directory=str(own.home.path), reason="asked")
+    assert not own.down()
 
 
-def test_stack_is_the_same_after_down(stack: Stack) -> None:
-    settings = stack.ensure_up()
+def test_stack_is_the_same_after_down(own: Stack) -> None:
+    settings = own.ensure_up()
     with Redis.from_url(settings.redis) as store:
         store.set("kept", "yes")
-    stack.down()
-    assert stack.ensure_up() == settings
+    own.down()
+    assert own.ensure_up() == settings
     with Redis.from_url(settings.redis) as store:
         assert store.get("kept") == b"yes"
 
 
-def test_new_port_is_chosen_when_the_old_one_is_taken(stack: Stack) -> None:
-    old = stack.ensure_up()
-    stack.down()
+def test_new_port_is_chosen_when_the_old_one_is_taken(own: Stack) -> None:
+    old = own.ensure_up()
+    own.down()
     with socket.create_server(("127.0.0.1", int(old.kafka.split(":")[1]))):
-        new = stack.ensure_up()
+        new = own.ensure_up()
     assert new.kafka != old.kafka
     assert new.redis == old.redis
 
 
-def test_files_are_for_the_owner_only(stack: Stack) -> None:
-    stack.ensure_up()
-    wait_until(lambda: is_up(stack))
-    readable = [path for path in [stack.home.path, *stack.home.path.rglob("*")] if stat.S_IMODE(path.stat().st_mode) & 0o077]
+def test_files_are_for_the_owner_only(own: Stack) -> None:
+    own.ensure_up()
+    wait_until(lambda: is_up(own))
+    readable = [
+        path for path in [own.home.path, *own.home.path.rglob("*")] if stat.S_IMODE(path.stat().st_mode) & 0o077
+    ]
     assert readable == []
 
 
-def test_secrets_are_not_among_the_arguments_of_a_process(stack: Stack) -> None:
-    settings = stack.ensure_up()
+def test_secrets_are_not_among_the_arguments_of_a_process(own: Stack) -> None:
+    settings = own.ensure_up()
     password = settings.redis.split(":")[2].split("@")[0]
-    for pid in pids(stack).values():
+    for pid in pids(own).values():
         line = " ".join(psutil.Process(pid).cmdline())
         assert password not in line
         assert settings.secret not in line
 
 
-def test_idle_stack_stops_by_itself(stack: Stack) -> None:
-    stack = Stack(stack.home, slots=2, idle=lambda: 0.3, worker=FAKE)
-    stack.ensure_up()
-    before = pids(stack)
-    wait_until(lambda: stack.status().state == "down")
-    assert stack.status().reason == "idle for 0.3 s"
+def test_idle_stack_stops_by_itself(own: Stack) -> None:
+    own = Stack(own.home, slots=2, idle=lambda: 0.3, worker=FAKE)
+    own.ensure_up()
+    before = pids(own)
+    wait_until(lambda: own.status().state == "down")
+    assert own.status().reason == "idle for 0.3 s"
     assert not any(runs(pid) for pid in before.values())
 
 
-def test_touched_stack_does_not_stop(stack: Stack) -> None:
-    stack = Stack(stack.home, slots=2, idle=lambda: 0.4, worker=FAKE)
-    stack.ensure_up()
+def test_touched_stack_does_not_stop(own: Stack) -> None:
+    own = Stack(own.home, slots=2, idle=lambda: 0.4, worker=FAKE)
+    own.ensure_up()
     end = time.monotonic() + 1.2
     while time.monotonic() < end:
-        stack.home.touch()
+        own.home.touch()
         time.sleep(0.02)
-    assert stack.status().state == "up"
+    assert own.status().state == "up"
 
 
-def test_stack_stops_when_its_directory_is_removed(stack: Stack) -> None:
-    stack = Stack(stack.home, slots=2, idle=lambda: 4.0, worker=FAKE)
-    stack.ensure_up()
-    before = pids(stack)
-    (stack.home.path / "keeper.lock").unlink()
+def test_stack_stops_when_its_directory_is_removed(own: Stack) -> None:
+    own = Stack(own.home, slots=2, idle=lambda: 4.0, worker=FAKE)
+    own.ensure_up()
+    before = pids(own)
+    (own.home.path / "keeper.lock").unlink()
     wait_until(lambda: not any(runs(pid) for pid in before.values()))
 
 
-def test_second_queue_gets_a_node_of_its_own(stack: Stack) -> None:
-    stack.ensure_up()
-    stack.ensure_up("other")
-    stack.ensure_up("other")
-    assert [(part.queue, part.slots) for part in stack.status().parts if part.queue] == [("default", 2), ("other", 2)]
+def test_second_queue_gets_a_node_of_its_own(own: Stack) -> None:
+    own.ensure_up()
+    own.ensure_up("other")
+    own.ensure_up("other")
+    assert [(part.queue, part.slots) for part in own.status().parts if part.queue] == [("default", 2), ("other", 2)]
 
 
-def test_broker_that_is_not_there_is_named(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broker_that_is_not_there_is_named(own: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("YADTQ_BROKER", "/nowhere/broker")
     with pytest.raises(LocalStackError, match="YADTQ_BROKER names /nowhere/broker"):
-        stack.ensure_up()
+        own.ensure_up()
 
 
-def test_broker_that_ends_at_once_is_an_error_with_its_log(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broker_that_ends_at_once_is_an_error_with_its_log(own: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("YADTQ_BROKER", "/bin/ls")
     with pytest.raises(LocalStackError, match=r"broker ended before it answered(.|\n)*broker\.log"):
-        stack.ensure_up()
-    assert stack.status().state == "down"
+        own.ensure_up()
+    assert own.status().state == "down"
 
 
 def test_bundled_binaries_are_used_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ConfigError(f"partitions must be at least 1, not {self.partitions}")
         if self.lease <= self.heartbeat:
             raise ConfigError(
-                f"a lease of {self.lease} s would lapse between heartbeats of {self.heartbeat} s: make it 2.5 times as long"
+                f"a lease of {self.lease} s would lapse between heartbeats of {self.heartbeat} s: "
+                "make it 2.5 times as long"
             )
 
     @property
@@ -129,7 +130,7 @@ def load(*, kafka: str | None = None, redis: str | None = None, secret: str | No
 
 
 def read(path: Path) -> Config:
-    """Return the settings that write stored.
+    """Return the settings that a local stack wrote to a file.
 
     Raises:
         ConfigError: the file is missing or wrong.

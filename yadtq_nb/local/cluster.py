@@ -106,17 +106,10 @@ class LocalCluster:
         self.workers = [LocalWorker(self, f"node-{number}") for number in range(1, workers + 1)]
         try:
             self._home.make()
+            given = None
             if kafka is not None and redis is not None:
                 given = config.Config(kafka=kafka, redis=redis, secret=secrets.token_hex(32))
-            else:
-                given = None
-            nodes = [
-                servers.node(
-                    self._home, queue=queue, slots=slots or cores(), name=worker.name, command=worker_command
-                )
-                for worker in self.workers
-            ]
-            self.config = self._start_keeper(given, settings or {}, nodes, restart=restart)
+            self.config = self._start_keeper(given, settings or {}, slots or cores(), worker_command, restart=restart)
             self.wait()
         except BaseException:
             self.close()
@@ -193,36 +186,49 @@ class LocalCluster:
         return self._home.tail(part, lines=10_000)
 
     def _start_keeper(
-        self, given: config.Config | None, settings: dict[str, Any], nodes: list[dict[str, Any]], *, restart: bool
+        self,
+        given: config.Config | None,
+        settings: dict[str, Any],
+        slots: int,
+        worker_command: Sequence[str],
+        *,
+        restart: bool,
     ) -> config.Config:
-        for attempt in range(_PORT_ATTEMPTS):
-            parts = nodes
-            chosen = given
-            if chosen is None:
-                broker_port = servers.free_port()
-                identity = Identity(
-                    broker_port, servers.free_port(taken=broker_port), secrets.token_hex(16), secrets.token_hex(32)
-                )
-                chosen = identity.settings()
-                parts = [
-                    servers.broker(self._home, identity.broker_port),
-                    servers.store(self._home, identity.store_port, identity.password),
-                    *nodes,
-                ]
+        for _ in range(_PORT_ATTEMPTS):
+            chosen, parts = (given, []) if given is not None else self._own_servers()
             chosen = msgspec.structs.replace(chosen, **settings)
-            self._home.write(self._home.config, msgspec.json.encode(chosen))
+            for worker in self.workers:
+                parts.append(
+                    servers.node(
+                        self._home,
+                        queue=self._queue,
+                        slots=slots,
+                        name=worker.name,
+                        command=worker_command,
+                    )
+                )
+            self._home.write_settings(chosen)
             servers.write_plan(
                 self._home, parts, idle=None, restart_nodes=restart, ephemeral=True, node_grace=_NODE_GRACE
             )
             try:
                 self._keeper = servers.start_keeper(self._home, owner=self._owner)
-            except servers.ServerDiedError:
-                if attempt == _PORT_ATTEMPTS - 1:
-                    raise
+            except servers.ServerDiedError as exc:  # perhaps its port was taken: try others
+                died = exc
                 self._home.make()
                 continue
             return chosen
-        raise AssertionError("unreachable")
+        raise died
+
+    def _own_servers(self) -> tuple[config.Config, list[dict[str, Any]]]:
+        broker_port = servers.free_port()
+        store_port = servers.free_port(taken=broker_port)
+        identity = Identity(broker_port, store_port, secrets.token_hex(32), secrets.token_hex(32))
+        parts = [
+            servers.broker(self._home, broker_port),
+            servers.store(self._home, store_port, identity.password),
+        ]
+        return identity.settings(), parts
 
     def _part(self, name: str) -> PartState:
         state = self._home.state()

@@ -119,6 +119,14 @@ class Home:
             file.write(data)
         new.replace(path)
 
+    def write_settings(self, settings: config.Config) -> None:
+        """Store how to reach the stack."""
+        self.write(self.config, msgspec.json.encode(settings))
+
+    def settings(self) -> config.Config:
+        """Return how to reach the stack."""
+        return config.read(self.config)
+
     def touch(self) -> None:
         """Put off the idle stop."""
         os.utime(self.active)
@@ -172,7 +180,9 @@ class Home:
         except (OSError, ValueError) as exc:
             raise LocalStackError(f"the local stack's keeper does not answer: see {self.log('keeper')}") from exc
         if not answer.get("ok"):
-            raise LocalStackError(f"the local stack's keeper refused {request['do']}: {answer.get('error', 'no answer')}")
+            raise LocalStackError(
+                f"the local stack's keeper refused {request['do']}: {answer.get('error', 'no answer')}"
+            )
         return answer
 
     def wait(self, what: Callable[[KeeperState], bool], *, timeout: float, until: str) -> KeeperState:

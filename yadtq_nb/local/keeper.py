@@ -200,7 +200,11 @@ class Keeper:
             os.close(output)
             return
         append_log(self.directory / "logs" / f"{part.name}.log", data)
-        if part.is_node and part.state == "starting" and b"ready" in data.splitlines():
+        if (
+            part.is_node
+            and part.state == "starting"
+            and any(line.split(b" ")[0] == b"ready" for line in data.splitlines())
+        ):
             self._is_up(part)
 
     def _is_up(self, part: Part) -> None:

@@ -89,7 +89,13 @@ def store(home: Home, port: int, password: str) -> dict[str, Any]:
 
 
 def node(
-    home: Home, *, queue: str, slots: int, name: str = "node-1", predecessor: str = "", command: Sequence[str] = WORKER
+    home: Home,
+    *,
+    queue: str,
+    slots: int,
+    name: str = "node-1",
+    predecessor: str = "",
+    command: Sequence[str] = WORKER,
 ) -> dict[str, Any]:
     """Return the plan of a worker node; the keeper adds its id."""
     return {

@@ -149,7 +149,7 @@ class Stack:
         if state is None or not state.servers_up or not state.serves(queue):
             return None
         self.home.touch()
-        return config.read(self.home.config)
+        return self.home.settings()
 
     def _start_or_mend(self, queue: str) -> config.Config:
         self.home.make()
@@ -181,14 +181,13 @@ class Stack:
         crashed = last is not None and not last.stopped
         if last is not None and crashed:
             kill_leftovers(last)
-        nodes = self._nodes(queue, last if crashed else None)
         for _ in range(_PORT_ATTEMPTS):
             identity = self._identity()
-            self.home.write(self.home.config, msgspec.json.encode(identity.settings()))
+            self.home.write_settings(identity.settings())
             parts = [
                 servers.broker(self.home, identity.broker_port),
                 servers.store(self.home, identity.store_port, identity.password),
-                *nodes,
+                *self._nodes(queue, last if crashed else None),
             ]
             servers.write_plan(self.home, parts, idle=self._idle(), after_crash=crashed)
             # What it says is of the last keeper: it must not be taken for the new one's word.
@@ -211,9 +210,13 @@ class Stack:
         ]
 
     def _node(self, queue: str, *, name: str, predecessor: str = "") -> dict[str, Any]:
-        slots = self._slots or cores()
         return servers.node(
-            self.home, queue=queue, slots=slots, name=name, predecessor=predecessor, command=self._worker
+            self.home,
+            queue=queue,
+            slots=self._slots or cores(),
+            name=name,
+            predecessor=predecessor,
+            command=self._worker,
         )
 
     def _identity(self) -> Identity:
