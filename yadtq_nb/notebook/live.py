@@ -117,8 +117,7 @@ class LiveCard:
     def _look(self) -> None:
         try:
             shown = snapshot(self._job)
-        except Exception as error:
-            # Whatever it is, printing it from a thread would put it under some other cell: the card says it.
+        except Exception as error:  # noqa: BLE001  # printed from a thread it would stand under some other cell
             shown = self._shown.copy()
             shown["note"] = f"the job cannot be read now: {plain(error)}"
         self._send(shown)
@@ -203,7 +202,7 @@ def without_clocks(value: Any) -> Any:
 def _publish(data: dict[str, Any], metadata: Mapping[str, Any], display_id: str, *, update: bool = False) -> None:
     from IPython.display import display
 
-    display(data, metadata=dict(metadata), raw=True, display_id=display_id, update=update)
+    display(data, metadata=dict(metadata), raw=True, display_id=display_id, update=update)  # type: ignore[no-untyped-call]  # IPython does not type it
 
 
 def _in_kernel() -> bool:

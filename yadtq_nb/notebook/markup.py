@@ -15,7 +15,7 @@ from typing import Final
 from xml.etree.ElementTree import Element, SubElement, tostring
 
 from yadtq_nb.notebook import words
-from yadtq_nb.notebook.snapshot import Snapshot, WorkerRow
+from yadtq_nb.notebook.snapshot import MoreWorkers, Snapshot, WorkerRow
 
 STATIC: Final = Path(__file__).parent / "static"
 
@@ -34,8 +34,9 @@ def as_html(shown: Snapshot, *, now: datetime | None = None) -> str:
     _bar(root, shown)
     _counts(root, shown)
     _workers(root, shown)
+    errors = _element(root, "div", "errors")
     for line in shown["errors"]:
-        _element(root, "div", "error", line)
+        _element(errors, "div", "error", line)
     _element(root, "div", "note", _note(shown, now or datetime.now(UTC)))
     return tostring(root, encoding="unicode", method="html")
 
@@ -43,7 +44,8 @@ def as_html(shown: Snapshot, *, now: datetime | None = None) -> str:
 def _head(root: Element, shown: Snapshot) -> None:
     head = _element(root, "div", "head")
     _element(head, "span", "name", shown["name"]).set("title", f"job {shown['id']}")
-    _element(head, "span", f"state {shown['state']}", shown["state"])
+    _element(head, "span", f"dot fill-{shown['state']}")
+    _element(head, "span", "state", shown["state"])
     _element(head, "span", "progress", words.headline(shown))
 
 
@@ -73,19 +75,24 @@ def _workers(root: Element, shown: Snapshot) -> None:
     if shown["more_workers"]:
         line = _element(box, "div", "worker")
         _element(line, "span", "who", words.more_workers(shown["more_workers"]))
-        _element(line, "span", "slots", words.slots(shown["more_workers"]))
+        _gauge(line, shown["more_workers"])
     if not shown["workers"] and not shown["ended"]:
         _element(box, "div", "worker", "no worker serves this queue now")
 
 
 def _worker(box: Element, row: WorkerRow, *, ended: bool) -> None:
-    line = _element(box, "div", f"worker {row['status']}")
+    line = _element(box, "div", "worker")
+    _element(line, "span", f"dot fill-{row['status']}")
     who = _element(line, "span", "who", f"{row['host']} ")
     _element(who, "span", "id", row["id"])
+    _gauge(line, row)
+    _element(line, "span", "beat", words.heartbeat(row, ended=ended))
+
+
+def _gauge(line: Element, row: WorkerRow | MoreWorkers) -> None:
     gauge = _element(line, "span", "gauge")
     _element(gauge, "span", "busy fill-running", width=f"{100 * row['busy'] / max(row['slots'], 1):.0f}%")
     _element(line, "span", "slots", words.slots(row))
-    _element(line, "span", "beat", words.heartbeat(row, ended=ended))
 
 
 def _note(shown: Snapshot, now: datetime) -> str:
@@ -102,7 +109,7 @@ def _element(parent: Element | None, tag: str, names: str, text: str = "", *, wi
     if style:
         made.set("style", style)
     made.text = text or None
-    if tag == "span":
+    if tag == "span" and text:
         # Where styles are lost, as on GitHub, words would stick together.
         made.tail = " "
     return made

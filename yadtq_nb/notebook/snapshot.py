@@ -27,16 +27,20 @@ class JobLike(Protocol):
     """What a job must offer to be shown."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name of the job, unique in its queue."""
 
     @property
-    def id(self) -> str: ...
+    def id(self) -> str:
+        """Id of the job."""
 
     @property
-    def state(self) -> JobState: ...
+    def state(self) -> JobState:
+        """State of the whole job."""
 
     @property
-    def progress(self) -> Progress: ...
+    def progress(self) -> Progress:
+        """Counts, rate and times; after the state said that the job has ended, the final ones."""
 
     def worker_views(self) -> Iterable[WorkerView]:
         """Nodes that serve the queue and are live, or were lost in the last minutes."""
@@ -187,4 +191,3 @@ def _worker_row(view: WorkerView) -> WorkerRow:
         "age": round(view.heartbeat_age, 1),
         "status": plain(view.status, _NAME_LENGTH),
     }
-

@@ -21,6 +21,7 @@ function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
+/** A name with a space in it makes classes that no rule is for, and no more. */
 function setClass(element, names) {
   const wanted = names.split(" ").map((name) => `yadtq-${name}`).join(" ");
   if (element.className !== wanted) element.className = wanted;
@@ -75,6 +76,7 @@ class CardView {
     this.card = card;
     const head = make(card, "div", "head");
     this.name = make(head, "span", "name");
+    this.stateDot = make(head, "span", "dot");
     this.state = make(head, "span", "state");
     this.state.setAttribute("role", "status");
     this.progress = make(head, "span", "progress");
@@ -107,13 +109,14 @@ class CardView {
   makeRow() {
     const line = make(this.workers, "div", "worker");
     line.setAttribute("role", "listitem");
+    const dot = make(line, "span", "dot");
     const who = make(line, "span", "who");
     const host = document.createElement("span");
     who.append(host);
     const id = make(who, "span", "id");
     const gauge = make(line, "span", "gauge");
     const busy = make(gauge, "span", "busy fill-running");
-    return { line, host, id, gauge, busy, slots: make(line, "span", "slots"), beat: make(line, "span", "beat") };
+    return { line, dot, host, id, busy, slots: make(line, "span", "slots"), beat: make(line, "span", "beat") };
   }
 
   showJob(shown) {
@@ -123,7 +126,7 @@ class CardView {
     this.name.title = `job ${shown.id}`;
     this.card.setAttribute("aria-label", `job ${shown.name}`);
     setText(this.state, shown.state);
-    setClass(this.state, `state ${shown.state}`);
+    setClass(this.stateDot, `dot fill-${shown.state}`);
     setText(this.progress, headline(shown.counts));
     this.showBar(shown.counts);
     setText(this.errors, "");
@@ -135,8 +138,7 @@ class CardView {
     const tasks = SEGMENTS.reduce((sum, kind) => sum + counts[kind], 0);
     for (const kind of SEGMENTS) {
       const { item, number, fill } = this.segments[kind];
-      item.hidden = counts[kind] === 0;
-      item.style.display = item.hidden ? "none" : "";
+      item.style.display = counts[kind] ? "" : "none";
       setText(number, `${grouped(counts[kind])} ${kind}`);
       fill.style.width = tasks ? `${(100 * counts[kind]) / tasks}%` : "0";
     }
@@ -167,16 +169,19 @@ class CardView {
     this.more.line.style.display = more ? "" : "none";
     if (more) {
       setText(this.more.host, `and ${grouped(more.count)} more`);
-      setText(this.more.slots, slots(more));
-      this.more.busy.style.width = `${(100 * more.busy) / Math.max(more.slots, 1)}%`;
+      this.showSlots(this.more, more);
     }
     this.tick();
   }
 
   showRow(view, row) {
-    setClass(view.line, `worker ${row.status}`);
+    setClass(view.dot, `dot fill-${row.status}`);
     setText(view.host, `${row.host} `);
     setText(view.id, row.id);
+    this.showSlots(view, row);
+  }
+
+  showSlots(view, row) {
     setText(view.slots, slots(row));
     view.busy.style.width = `${(100 * row.busy) / Math.max(row.slots, 1)}%`;
   }
