@@ -122,6 +122,8 @@ class Manifest(msgspec.Struct, frozen=True):
     style: CallStyle = "item"
     #: Host and process that submitted it, to be shown.
     client: str = ""
+    #: Names of the function's parameters, for the columns of a DataFrame.
+    parameters: tuple[str, ...] = ()
 
 
 class Seal(msgspec.Struct, frozen=True):

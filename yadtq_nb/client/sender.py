@@ -48,6 +48,21 @@ class Packet(msgspec.Struct, frozen=True):
     concurrent: bool
     environment: Environment
     created: float
+    #: Names of the function's parameters.
+    parameters: tuple[str, ...] = ()
+
+    def manifest(self, total: int | None, client: str) -> Manifest:
+        """Return what the queue is told before the first chunk."""
+        return Manifest(
+            id=self.job,
+            name=self.name,
+            function_name=self.function_name,
+            created=self.created,
+            total=-1 if total is None else total,
+            style=self.style,
+            client=client,
+            parameters=self.parameters,
+        )
 
     def head(self, number: int, first: int, count: int, *, total: int = -1, by_reference: bool = False) -> ChunkHead:
         """Return the head of one chunk."""

@@ -50,6 +50,8 @@ class JobRecord(msgspec.Struct, frozen=True):
     now: float
     #: Seconds until it is forgotten.
     expires: float
+    #: Names of the function's parameters.
+    parameters: tuple[str, ...] = ()
 
     @property
     def done(self) -> int:
@@ -106,6 +108,7 @@ class JobStore:
                 m.style,
                 m.client,
                 int(self._config.keep),
+                ",".join(m.parameters),
             ).decode()
         )
 
@@ -283,6 +286,7 @@ def _record(fields: dict[bytes, bytes], sending: bool, now: float, ttl: int) -> 
         ended=float(ended) if ended else None,
         now=now,
         expires=float(ttl),
+        parameters=tuple(filter(None, fields.get(b"parameters", b"").decode().split(","))),
     )
 
 
