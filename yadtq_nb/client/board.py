@@ -98,20 +98,16 @@ class Table:
         segment = outcomes.segment
         started, seconds = np.frombuffer(segment.started), np.frombuffer(segment.seconds)
         if outcomes.is_consecutive_success():
-            where: slice | list[int] = slice(segment.first, segment.first + segment.count)
-            self.values[where] = outcomes.values()
-            self.states[where] = segment.states
-            self.workers[where] = [segment.worker] * segment.count
-        else:
-            where, positions = [], []
-            for index, position, value in outcomes.rows():
-                where.append(index)
-                positions.append(position)
-                self.values[index] = value
-                self.states[index] = segment.states[position]
-                self.workers[index] = segment.worker
-            started, seconds = started[positions], seconds[positions]
-        self.started[where], self.seconds[where], self.attempts[where] = started, seconds, 1
+            block = slice(segment.first, segment.first + segment.count)
+            self.values[block] = outcomes.values()
+            self.states[block] = segment.states
+            self.workers[block] = [segment.worker] * segment.count
+            self.started[block], self.seconds[block], self.attempts[block] = started, seconds, 1
+        for index, position, value in () if outcomes.is_consecutive_success() else outcomes.rows():
+            self.values[index] = value
+            self.states[index] = segment.states[position]
+            self.workers[index] = segment.worker
+            self.started[index], self.seconds[index], self.attempts[index] = started[position], seconds[position], 1
         for index, attempt in segment.attempts.items():
             self.attempts[index] = attempt
         for index, info in segment.errors.items():
@@ -207,7 +203,7 @@ class Board:
 
     def _index(self, outcomes: Outcomes) -> None:
         segment = outcomes.segment
-        if segment.scattered or outcomes._mask:  # noqa: SLF001  # the board and its outcomes are one room
+        if segment.scattered or outcomes._mask:  # the board and its outcomes are one room
             values = outcomes.indices()
             positions = {index: position for position, index in enumerate(segment.indices())}
             self._scattered.update((index, (outcomes, positions[index])) for index in values)
@@ -270,6 +266,10 @@ class Board:
                     return False
                 self._changed.wait(left)
             return True
+
+    def wait_for_arrival(self, place: int) -> None:
+        """Block until the segment of that place in order of arrival has come, or none will come any more."""
+        self.wait(lambda: self.arrived() > place or self.complete(), None)
 
     def when_arrived(self, count: int) -> Future[None]:
         """Return a future that is done once so many segments have come, or the job has ended."""

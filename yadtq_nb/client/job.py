@@ -320,7 +320,7 @@ class Completed:
     def __iter__(self) -> Iterator[Future[Any]]:
         board, place = self._board, 0
         while True:
-            board.wait(lambda: board.arrived() > place or board.complete(), None)
+            board.wait_for_arrival(place)
             if board.arrived() <= place:
                 self._raise_failure()
                 return
@@ -378,5 +378,3 @@ def _progress(record: JobRecord, known_total: int | None) -> Progress:
 
 def _deadline(timeout: float | None) -> float | None:
     return None if timeout is None else time.monotonic() + timeout
-
-

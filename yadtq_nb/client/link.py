@@ -119,7 +119,7 @@ class Link:
         board, job = self._new_job(packet, 1)
         board.wanted = True
 
-        def acknowledged(error: BacklogError | None, partition: int, offset: int) -> None:
+        def acknowledged(error: BacklogError | None, _partition: int, _offset: int) -> None:
             if error is not None:
                 failure = JobError(f"job {packet.name!r} was not sent: {error}", job=packet.name)
                 failure.__cause__ = error

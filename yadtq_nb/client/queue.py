@@ -274,7 +274,7 @@ class Options:
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """See Queue.submit."""
-        return self._queue._submit(fn, args, kwargs, self._name)  # noqa: SLF001  # options are a part of the queue
+        return self._queue._submit(fn, args, kwargs, self._name)  # options are a part of the queue
 
 
 _NAME_CHARACTERS: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
@@ -314,5 +314,3 @@ def _wait_for_senders() -> None:
     deadline = time.monotonic() + _EXIT
     for link in list(_open_links):
         link.finish_sending(max(0.0, deadline - time.monotonic()))
-
-

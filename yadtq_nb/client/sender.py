@@ -1,6 +1,6 @@
 """Sending a job: its items become chunks, and the chunks records in Kafka, in a thread beside the notebook.
 
-    manifest ─▶ a few tasks alone ─▶ (measure) ─▶ chunks … ─▶ seal
+manifest ─▶ a few tasks alone ─▶ (measure) ─▶ chunks … ─▶ seal
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from yadtq_nb.workbench.jobs import JobRecord
 
 def jobs(records: Sequence[JobRecord]) -> pd.DataFrame:
     """Return one row a job, indexed by name: counts of tasks, bytes kept, times in UTC."""
-    frame = pd.DataFrame(
+    return pd.DataFrame(
         {
             "id": [r.id for r in records],
             "function": [r.function_name for r in records],
@@ -31,7 +31,6 @@ def jobs(records: Sequence[JobRecord]) -> pd.DataFrame:
         },
         index=pd.Index([r.name for r in records], name="job", dtype=object),
     )
-    return frame
 
 
 def workers(views: Sequence[WorkerView]) -> pd.DataFrame:

@@ -117,7 +117,7 @@ class LiveCard:
     def _look(self) -> None:
         try:
             shown = snapshot(self._job)
-        except Exception as error:  # noqa: BLE001  # printed from a thread it would stand under some other cell
+        except Exception as error:  # printed from a thread it would stand under some other cell
             shown = self._shown.copy()
             shown["note"] = f"the job cannot be read now: {plain(error)}"
         self._send(shown)

@@ -211,21 +211,23 @@ class JobStore:
     def workers(self) -> list[WorkerView]:
         """Return the nodes that beat within the last day, live ones first."""
         with self._redis.use() as client:
-            (seconds, micros), beats, infos = (
+            (seconds, micros), beats, infos, dead = (
                 client.pipeline(transaction=False)
                 .time()
                 .zrevrange(self._redis.key("beats"), 0, -1, withscores=True)
                 .hgetall(self._redis.key("nodes"))
+                .smembers(self._redis.key("dead"))
                 .execute()
             )
         now = seconds + micros / 1e6
-        views = [self._view(infos[node], beat, now - beat) for node, beat in beats if node in infos]
+        views = [self._view(infos[node], beat, now, node in dead) for node, beat in beats if node in infos]
         return sorted(views, key=lambda view: (view.status not in ("live", "stopping"), view.heartbeat_age))
 
-    def _view(self, packed: bytes, beat: float, age: float) -> WorkerView:
+    def _view(self, packed: bytes, beat: float, now: float, dead: bool) -> WorkerView:
         info = _decode_info(packed)
-        lost = age > self._config.lease and info.status != "stopped"
-        return WorkerView(info, max(0.0, age), beat, "lost" if lost else info.status)
+        age = max(0.0, now - beat)
+        lost = (dead or age > self._config.lease) and info.status != "stopped"
+        return WorkerView(info, age, beat, "lost" if lost else info.status)
 
     def news_position(self) -> str:
         """Return the place of the newest entry of the results stream."""
