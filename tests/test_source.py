@@ -248,5 +248,3 @@ def test_installed_packages_of_the_submitter_are_not_put_on_the_path(root: Path,
     (root / "site-packages").mkdir()
     environment = environment_of(root, None, socket.gethostname(), str(root / "site-packages"))
     assert enter(environment, None, tmp_path, "print('site-packages' in ' '.join(sys.path[:2]))") == "False"
-
-

@@ -245,7 +245,9 @@ def _stamp(path: str) -> Stamp:
 def _settled(stamp: Stamp) -> int:
     """Return from when on a reading can be trusted as long as the stamp stays."""
     coarse = not stamp[1] % 1_000_000_000
-    return max(stamp[:2] if stamp[0] < time.time_ns() + _RACY_COARSE else stamp[1:2]) + (_RACY_COARSE if coarse else _RACY)
+    return max(stamp[:2] if stamp[0] < time.time_ns() + _RACY_COARSE else stamp[1:2]) + (
+        _RACY_COARSE if coarse else _RACY
+    )
 
 
 def _walk(targets: Iterable[str]) -> Iterator[str]:
