@@ -260,7 +260,7 @@ def _scattered(errors: Mapping[int, str], length: int) -> npt.NDArray[np.object_
 
 def _strings(objects: npt.NDArray[np.object_]) -> Any:
     # Before pandas 3 there is no "str" dtype: the name meant Python's str, by which None becomes the word "None".
-    return pd.array(objects, dtype="str" if int(pd.__version__.split(".")[0]) >= 3 else "string")  # type: ignore[call-overload]  # "str" is newer than some stubs
+    return pd.array(objects, dtype="str" if int(pd.__version__.split(".")[0]) >= 3 else "string")
 
 
 def _utc(started: npt.NDArray[np.float64]) -> Any:

@@ -189,6 +189,8 @@ class LiveCard:
     def _retire(self) -> None:
         """Let go of everything: the display holds no widget any more."""
         self._watch_cells(False)
+        # A widget brings a layout, which is a model of its own, and ipywidgets keeps both until they are closed.
+        self._card.layout.close()
         self._card.close()
 
 
