@@ -1,10 +1,10 @@
 """Map a function over many inputs on many machines, from a notebook.
 
-    from yadtq_nb import Queue
+from yadtq_nb import Queue
 
-    queue = Queue()
-    job = queue.map(simulate, params, name="sweep")
-    job.to_frame()
+queue = Queue()
+job = queue.map(simulate, params, name="sweep")
+job.to_frame()
 """
 
 from __future__ import annotations

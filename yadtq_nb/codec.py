@@ -55,9 +55,11 @@ def seal(secret: bytes, kind: bytes, *parts: Buffer) -> bytes:
     flags = 0
     if sum(map(len, parts)) >= _COMPRESS_FROM:
         body = b"".join(parts)
-        sample = body[:_SAMPLE]
         compressor = zstandard.ZstdCompressor(level=1)
-        if len(compressor.compress(sample)) < 0.8 * len(sample):
+        if len(body) <= 4 * _SAMPLE:  # trying a sample first would cost as much
+            smaller = compressor.compress(body)
+            parts, flags = ((smaller,), _COMPRESSED) if len(smaller) < 0.8 * len(body) else ((body,), 0)
+        elif len(compressor.compress(body[:_SAMPLE])) < 0.8 * _SAMPLE:
             parts, flags = (compressor.compress(body),), _COMPRESSED
         else:
             parts = (body,)

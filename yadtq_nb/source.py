@@ -40,11 +40,14 @@ MAX_BYTES: Final = 8 * 1024 * 1024
 _MAX_ENTRIES: Final = 20_000
 #: How long a directory that was too big is not looked at again, in seconds.
 _TOO_BIG_FOR: Final = 300.0
-#: A file that changed so shortly before it was read may change again without a new time stamp, in nanoseconds.
-_RACY: Final = 2_000_000_000
+#: A file that changed so shortly before it was read may change again without a new time stamp, in nanoseconds: the
+#: kernel's clock ticks every few ms, and a time stamp of whole seconds comes from a coarse file system.
+_RACY: Final = 50_000_000
+_RACY_COARSE: Final = 2_000_000_000
 #: Objects that are searched for the names of modules.
 _MAX_OBJECTS: Final = 2_000
 
+_ENVIRONMENTS: Final = frozenset({"pyvenv.cfg", "conda-meta"})
 _SKIPPED: Final = frozenset({"node_modules", "__pycache__", "site-packages", "dist-packages"})
 _PACKAGE: Final = os.path.dirname(os.path.abspath(__file__))
 _HOST: Final = socket.gethostname()
@@ -96,7 +99,7 @@ class Collector:
         self._roots: list[str] = []
         self._loaded: dict[str, str] = {}
         self._snapshots: dict[tuple[str, ...], _Snapshot] = {}
-        self._tops: dict[str, tuple[int, frozenset[str]]] = {}
+        self._tops: dict[str, tuple[Stamp, frozenset[str]]] = {}
         self._too_big: dict[str, float] = {}
         self._last: tuple[tuple[Any, ...], Tree | None] = ((), None)
 
@@ -136,12 +139,13 @@ class Collector:
     def _top_names(self, root: str) -> frozenset[str]:
         """Return what can be imported from root, and perhaps more: names of directories."""
         with contextlib.suppress(OSError):
-            stamp = os.stat(root).st_mtime_ns
+            now, stamp = time.time_ns(), _stamp(root)
             known = self._tops.get(root)
-            if known and known[0] == stamp and time.time_ns() - stamp > _RACY:
+            if known and known[0] == stamp:
                 return known[1]
             names = frozenset(name.removesuffix(".py") for name in islice(os.listdir(root), _MAX_ENTRIES))
-            self._tops[root] = (stamp, names)
+            if now > _settled(stamp):
+                self._tops[root] = (stamp, names)
             return names
         return frozenset()
 
@@ -160,8 +164,8 @@ class Collector:
         except _TooBigError as exc:
             raise ConfigError(
                 f"the local modules below {root} that this work uses are over {MAX_FILES:,} files or "
-                f"{MAX_BYTES // 2**20} MB ({exc}): install them as a package on the workers, or start the notebook in a "
-                "smaller directory"
+                f"{MAX_BYTES // 2**20} MB ({exc}): install them as a package on the workers, or start the notebook in "
+                "a smaller directory"
             ) from None
 
     def _refreshed(self, targets: tuple[str, ...]) -> _Snapshot:
@@ -181,9 +185,10 @@ class _Snapshot:
 
     def __init__(self, targets: tuple[str, ...]) -> None:
         self._targets = targets
-        self._paths: list[str] = []
-        self._stamps: list[Stamp] = []
-        self._settled = 0
+        self._stamps: dict[str, Stamp] = {}
+        self._scanned = 0
+        #: False while something may change without a new time stamp.
+        self._trusted = False
         self.contents: dict[str, bytes] = {}
         #: Grows with every change.
         self.version = 0
@@ -194,29 +199,36 @@ class _Snapshot:
         Raises:
             _TooBigError: over the limits.
         """
+        if not self._unchanged():
+            self._scan()
+
+    def _unchanged(self) -> bool:
+        stamps = self._stamps
         try:
-            if time.time_ns() > self._settled and list(map(_stamp, self._paths)) == self._stamps:
-                return
-        except OSError:
-            pass  # something was deleted
-        self._scan()
+            return self._trusted and list(map(_stamp, stamps)) == list(stamps.values())
+        except OSError:  # something was deleted
+            return False
 
     def _scan(self) -> None:
-        known = dict(zip(self._paths, self._stamps, strict=True)) if time.time_ns() > self._settled else {}
+        now = time.time_ns()
         stamps: dict[str, Stamp] = {}
         contents: dict[str, bytes] = {}
         for path in _walk(self._targets):
             with contextlib.suppress(OSError):
                 stamp = stamps[path] = _stamp(path)  # before reading: what changes in between is seen next time
                 if path.endswith(".py") and path not in contents:
-                    same = known.get(path) == stamp and path in self.contents
-                    contents[path] = self.contents[path] if same else Path(path).read_bytes()
+                    contents[path] = self._known(path, stamp) or Path(path).read_bytes()
         _check(contents)
-        self._paths, self._stamps = list(stamps), list(stamps.values())
-        self._settled = max((max(stamp[:2]) for stamp in self._stamps), default=0) + _RACY
+        self._stamps, self._scanned = stamps, now
+        self._trusted = now > max(map(_settled, stamps.values()), default=0)
         if contents != self.contents:
             self.contents = contents
             self.version += 1
+
+    def _known(self, path: str, stamp: Stamp) -> bytes | None:
+        if self._stamps.get(path) != stamp or self._scanned <= _settled(stamp):
+            return None
+        return self.contents.get(path)
 
 
 def _check(contents: dict[str, bytes]) -> None:
@@ -230,35 +242,50 @@ def _stamp(path: str) -> Stamp:
     return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
 
 
+def _settled(stamp: Stamp) -> int:
+    """Return from when on a reading can be trusted as long as the stamp stays."""
+    coarse = not stamp[1] % 1_000_000_000
+    return max(stamp[:2] if stamp[0] < time.time_ns() + _RACY_COARSE else stamp[1:2]) + (
+        _RACY_COARSE if coarse else _RACY
+    )
+
+
 def _walk(targets: Iterable[str]) -> Iterator[str]:
     """Yield the directories and .py files at and below targets."""
-    waiting, seen, entries, files = list(targets), set(), 0, 0
+    targets = frozenset(targets)
+    waiting, seen, entries, files = sorted(targets), set[tuple[int, int]](), 0, 0
     while waiting:
         path = waiting.pop()
         if path.endswith(".py") and not os.path.isdir(path):
             yield path
             continue
-        real = os.path.realpath(path)
-        if real in seen:  # links may go in circles
+        found = _list(path, seen, inner=path not in targets)
+        if found is None:
             continue
-        seen.add(real)
         yield path
-        with contextlib.suppress(OSError), os.scandir(path) as found:
-            for entry in found:
-                entries += 1
-                if entry.is_dir() and _is_source(entry):
-                    waiting.append(entry.path)
-                elif entry.name.endswith(".py") and entry.is_file():
-                    files += 1
-                    yield entry.path
-                if entries > _MAX_ENTRIES or files > MAX_FILES:
-                    raise _TooBigError(f"more than {min(entries, files):,} files")
+        for entry in found:
+            entries += 1
+            if entry.name.endswith(".py") and entry.is_file():
+                files += 1
+                yield entry.path
+            elif entry.name[0] != "." and entry.name not in _SKIPPED and entry.is_dir():
+                waiting.append(entry.path)
+            if entries > _MAX_ENTRIES or files > MAX_FILES:
+                raise _TooBigError(f"more than {min(entries, files):,} files")
 
 
-def _is_source(entry: os.DirEntry[str]) -> bool:
-    if entry.name.startswith(".") or entry.name in _SKIPPED or entry.path == _PACKAGE:
-        return False
-    return not any(os.path.exists(os.path.join(entry.path, mark)) for mark in ("pyvenv.cfg", "conda-meta"))
+def _list(path: str, seen: set[tuple[int, int]], *, inner: bool) -> list[os.DirEntry[str]] | None:
+    """Return what is in a directory, or None when it is not to be entered: twice the same, or an environment."""
+    try:
+        where = os.stat(path)
+        if (where.st_dev, where.st_ino) in seen or path == _PACKAGE:  # links may go in circles
+            return None
+        seen.add((where.st_dev, where.st_ino))
+        with os.scandir(path) as found:
+            entries = list(islice(found, _MAX_ENTRIES + 1))
+    except OSError:
+        return None
+    return None if inner and any(entry.name in _ENVIRONMENTS for entry in entries) else entries
 
 
 def _pack(roots: list[str], contents: list[dict[str, bytes]]) -> Tree | None:
@@ -288,7 +315,7 @@ def _installed() -> tuple[str, ...]:
     places = {os.path.abspath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     for prefix in {sys.prefix, sys.base_prefix}:
         # Not any prefix: that of the system's Python is /usr, and /usr/src/app is somebody's work.
-        if any(os.path.exists(os.path.join(prefix, mark)) for mark in ("pyvenv.cfg", "conda-meta")):
+        if any(os.path.exists(os.path.join(prefix, mark)) for mark in _ENVIRONMENTS):
             places.add(os.path.abspath(prefix))
     return tuple(places)
 
@@ -435,7 +462,7 @@ def _import_from(files: dict[str, bytes], roots: Iterable[str]) -> None:
     """
 
     class Loader(importlib.machinery.SourceFileLoader):
-        def path_stats(self, path: str) -> Any:
+        def path_stats(self, path: str) -> Any:  # noqa: ARG002  # the name is importlib's
             raise OSError  # no time stamp: the cache is neither read nor written
 
         def get_data(self, path: str) -> bytes:

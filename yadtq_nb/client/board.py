@@ -19,6 +19,7 @@ from yadtq_nb.model import STATE_OF_CODE, ErrorInfo, State
 from yadtq_nb.workbench.jobs import Stored
 
 _SUCCEEDED: Final = ord("S")
+_FAILED: Final = ord("F")
 
 
 class Failure:
@@ -70,6 +71,48 @@ class Outcomes:
             value = next(values) if code == _SUCCEEDED else Failure(segment.errors.get(index))
             if not self._mask or self._mask[position] == ord("1"):
                 yield index, position, value
+
+
+class Table:
+    """Outcomes by index, column by column: what a DataFrame is made from."""
+
+    def __init__(self, total: int) -> None:
+        import numpy as np
+
+        #: A Failure stands where there is no value.
+        self.values: list[Any] = [Failure(None)] * total
+        #: One byte a task, as in STATE_CODES; "Q" where nothing has come.
+        self.states = bytearray(b"Q" * total)
+        #: Index to one line.
+        self.errors: dict[int, str] = {}
+        self.workers = [""] * total
+        #: Seconds since the epoch.
+        self.started = np.full(total, np.nan)
+        self.seconds = np.full(total, np.nan)
+        self.attempts = np.zeros(total, dtype=np.int64)
+
+    def add(self, outcomes: Outcomes) -> None:
+        """Write a segment into the columns."""
+        import numpy as np
+
+        segment = outcomes.segment
+        started, seconds = np.frombuffer(segment.started), np.frombuffer(segment.seconds)
+        if outcomes.is_consecutive_success():
+            block = slice(segment.first, segment.first + segment.count)
+            self.values[block] = outcomes.values()
+            self.states[block] = segment.states
+            self.workers[block] = [segment.worker] * segment.count
+            self.started[block], self.seconds[block], self.attempts[block] = started, seconds, 1
+        for index, position, value in () if outcomes.is_consecutive_success() else outcomes.rows():
+            self.values[index] = value
+            self.states[index] = segment.states[position]
+            self.workers[index] = segment.worker
+            self.started[index], self.seconds[index], self.attempts[index] = started[position], seconds[position], 1
+        for index, attempt in segment.attempts.items():
+            self.attempts[index] = attempt
+        for index, info in segment.errors.items():
+            if self.states[index] == _FAILED:
+                self.errors[index] = f"{info.type_name.rpartition('.')[2]}: {info.message}"
 
 
 class Board:
@@ -160,7 +203,7 @@ class Board:
 
     def _index(self, outcomes: Outcomes) -> None:
         segment = outcomes.segment
-        if segment.scattered or outcomes._mask:  # noqa: SLF001  # the board and its outcomes are one room
+        if segment.scattered or outcomes._mask:  # the board and its outcomes are one room
             values = outcomes.indices()
             positions = {index: position for position, index in enumerate(segment.indices())}
             self._scattered.update((index, (outcomes, positions[index])) for index in values)
@@ -224,6 +267,10 @@ class Board:
                 self._changed.wait(left)
             return True
 
+    def wait_for_arrival(self, place: int) -> None:
+        """Block until the segment of that place in order of arrival has come, or none will come any more."""
+        self.wait(lambda: self.arrived() > place or self.complete(), None)
+
     def when_arrived(self, count: int) -> Future[None]:
         """Return a future that is done once so many segments have come, or the job has ended."""
         future: Future[None] = Future()
@@ -279,6 +326,13 @@ class Board:
                 for index, _, value in outcomes.rows():
                     found[index] = value
         return found
+
+    def table(self, total: int) -> Table:
+        """Return what is known of each task, column by column."""
+        table = Table(total)
+        for outcomes in self.segments():
+            table.add(outcomes)
+        return table
 
     def state(self, index: int) -> State | None:
         """Return a task's final state, or None while it has none."""

@@ -207,5 +207,3 @@ def incomplete(record: JobRecord) -> JobIncompleteError:
 def _place(position: str) -> tuple[int, int]:
     milliseconds, _, sequence = position.partition("-")
     return int(milliseconds), int(sequence or 0)
-
-

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
 from yadtq_nb import codec
@@ -18,6 +19,8 @@ from yadtq_nb.workbench.jobs import JobRecord, JobStore
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from yadtq_nb.notebook.live import LiveCard
 
 #: What results() does with tasks that failed.
 Errors = Literal["raise", "return", "skip"]
@@ -55,6 +58,7 @@ class Job(Sequence[Future[Any]]):
         total: int | None,
         style: CallStyle,
         created: float,
+        parameters: Sequence[str] = (),
     ) -> None:
         self.id = id
         self.name = name
@@ -63,6 +67,8 @@ class Job(Sequence[Future[Any]]):
         self._total = total
         self._style = style
         self._created = created
+        self._parameters = parameters
+        self._live: LiveCard | None = None
 
     # A sequence of futures.
 
@@ -243,15 +249,26 @@ class Job(Sequence[Future[Any]]):
 
         Columns: the item (`input`, or one column for each part of it), the value (`value`, or one column for each
         part of it), `state`, `error`, `worker`, `started` (UTC), `seconds`, `attempt`; the index is the task's index.
-
-        Raises:
-            JobIncompleteError: its client died while it was sending.
         """
         from yadtq_nb.client import frame
 
         self.want()
         self._board.wait(self._board.complete, None)
-        return frame.frame_of(self._board.segments(), self._inputs(), self._known_total() or self._highest(), self._style)
+        total = self._known_total()
+        table = self._board.table(self._highest() if total is None else total)
+        items = self._inputs()
+        return frame.build_frame(
+            items if len(items) == len(table.states) else None,
+            [None if isinstance(value, Failure) else value for value in table.values],
+            table.states,
+            table.errors,
+            table.workers,
+            table.started,
+            table.seconds,
+            table.attempts,
+            style=self._style,
+            parameters=self._parameters,
+        )
 
     def _inputs(self) -> list[Any]:
         items: list[Any] = []
@@ -266,10 +283,11 @@ class Job(Sequence[Future[Any]]):
     # How it looks.
 
     def __repr__(self) -> str:
-        try:
-            from yadtq_nb.notebook import text
+        from yadtq_nb.notebook.snapshot import snapshot
+        from yadtq_nb.notebook.text import as_text
 
-            return text.of(self)
+        try:
+            return as_text(snapshot(self))
         except YadtqError as exc:
             return f"<Job {self.name!r}: {exc}>"
 
@@ -282,9 +300,14 @@ class Job(Sequence[Future[Any]]):
         return f"<Job {self.name!r}: {p.succeeded} of {total} succeeded, {p.failed} failed, {p.running} running>"
 
     def _ipython_display_(self) -> None:
-        from yadtq_nb.notebook import card
+        from yadtq_nb.notebook.live import display_job
 
-        card.display_job(self)
+        self._live = display_job(self, self._live)
+
+    def error_lines(self, limit: int) -> list[str]:
+        """Return a line for each of the first errors that have come to this process."""
+        infos = (info for outcomes in self._board.segments() for info in outcomes.segment.errors.values())
+        return [f"{info.type_name.rpartition('.')[2]}: {info.message}" for info in islice(infos, limit)]
 
 
 class Completed:
@@ -297,7 +320,7 @@ class Completed:
     def __iter__(self) -> Iterator[Future[Any]]:
         board, place = self._board, 0
         while True:
-            board.wait(lambda: board.arrived() > place or board.complete(), None)
+            board.wait_for_arrival(place)
             if board.arrived() <= place:
                 self._raise_failure()
                 return
@@ -334,6 +357,7 @@ def attach(link: Link, record: JobRecord) -> Job:
         total=record.total if record.total >= 0 else None,
         style=record.style,
         created=record.created,
+        parameters=record.parameters,
     )
     link.inbox.watch(board, known=True)
     return job
@@ -354,5 +378,3 @@ def _progress(record: JobRecord, known_total: int | None) -> Progress:
 
 def _deadline(timeout: float | None) -> float | None:
     return None if timeout is None else time.monotonic() + timeout
-
-

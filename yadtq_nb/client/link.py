@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -18,7 +19,7 @@ from yadtq_nb.client.inbox import Inbox
 from yadtq_nb.client.job import Job
 from yadtq_nb.client.sender import Mailer, Packet, Sender
 from yadtq_nb.config import Config
-from yadtq_nb.errors import BacklogError, JobError
+from yadtq_nb.errors import BacklogError, JobError, JobExistsError
 from yadtq_nb.model import CallStyle, Environment, new_id
 from yadtq_nb.workbench.jobs import JobStore
 
@@ -64,10 +65,28 @@ class Link:
             concurrent=_is_coroutine_function(fn),
             environment=where,
             created=time.time(),
+            parameters=_parameters(fn) if style != "item" else (),
         )
         if packet.by_blob:
             self.mailer.keep_blob(codec.FUNCTION, packet.function_id, function)
         return packet
+
+    def claim(self, packet: Packet, total: int | None) -> None:
+        """Make the job known to the queue, under its name.
+
+        Raises:
+            JobExistsError: the name is taken.
+            WorkbenchError: Redis cannot be reached.
+        """
+        manifest = packet.manifest(total, f"{socket.gethostname()}:{os.getpid()}")
+        holder = self.store.create(manifest)
+        if holder != packet.job:
+            raise JobExistsError(
+                f"queue {self.queue!r} has a job {packet.name!r} already (id {holder}): get it with "
+                f"queue.job({packet.name!r}), or choose another name",
+                job=packet.name,
+            )
+        self.mailer.send_entry(manifest)
 
     def post(
         self,
@@ -100,7 +119,7 @@ class Link:
         board, job = self._new_job(packet, 1)
         board.wanted = True
 
-        def acknowledged(error: BacklogError | None, partition: int, offset: int) -> None:
+        def acknowledged(error: BacklogError | None, _partition: int, _offset: int) -> None:
             if error is not None:
                 failure = JobError(f"job {packet.name!r} was not sent: {error}", job=packet.name)
                 failure.__cause__ = error
@@ -122,6 +141,7 @@ class Link:
             total=total,
             style=packet.style,
             created=packet.created,
+            parameters=packet.parameters,
         )
         self.inbox.watch(board, known=False)
         return board, job
@@ -156,3 +176,12 @@ def _is_coroutine_function(fn: Callable[..., Any]) -> bool:
     while isinstance(fn, functools.partial):
         fn = fn.func
     return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None))  # noqa: B004  # an object whose __call__ is a coroutine function
+
+
+def _parameters(fn: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of a function's positional parameters, as far as they can be told."""
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))

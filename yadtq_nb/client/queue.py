@@ -16,8 +16,8 @@ from yadtq_nb import codec
 from yadtq_nb import config as configuration
 from yadtq_nb.client.job import Job
 from yadtq_nb.config import Config
-from yadtq_nb.errors import ConfigError, JobExistsError, JobNotFoundError
-from yadtq_nb.model import CallStyle, Environment, Manifest
+from yadtq_nb.errors import ConfigError, JobNotFoundError
+from yadtq_nb.model import CallStyle, Environment
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -135,7 +135,7 @@ class Queue:
         link = self._link()
         packet = link.packet(fn, {}, "call", name, _environment(fn, link))
         if name is not None:
-            self._claim(link, packet.job, packet.name, packet.function_name, packet.created, 1, "call")
+            link.claim(packet, 1)
         return link.post_one(packet, (args, kwargs))[0]
 
     def _send(
@@ -157,22 +157,8 @@ class Queue:
         total = len(items) if isinstance(items, list) else None
         link = self._link()
         packet = link.packet(fn, kwargs or {}, style, name, _environment(fn, link, items))
-        self._claim(link, packet.job, packet.name, packet.function_name, packet.created, total, style)
+        link.claim(packet, total)
         return link.post(packet, items, total, None if chunksize == "auto" else chunksize, self._slots)
-
-    def _claim(
-        self, link: Link, job: str, name: str, function: str, created: float, total: int | None, style: CallStyle
-    ) -> None:
-        client = f"{socket.gethostname()}:{os.getpid()}"
-        manifest = Manifest(job, name, function, created, -1 if total is None else total, style, client)
-        holder = link.store.create(manifest)
-        if holder != job:
-            raise JobExistsError(
-                f"queue {self.name!r} has a job {name!r} already (id {holder}): get it with queue.job({name!r}), "
-                "or choose another name",
-                job=name,
-            )
-        link.mailer.send_entry(manifest)
 
     # Finding.
 
@@ -288,7 +274,7 @@ class Options:
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """See Queue.submit."""
-        return self._queue._submit(fn, args, kwargs, self._name)  # noqa: SLF001  # options are a part of the queue
+        return self._queue._submit(fn, args, kwargs, self._name)  # options are a part of the queue
 
 
 _NAME_CHARACTERS: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
@@ -328,5 +314,3 @@ def _wait_for_senders() -> None:
     deadline = time.monotonic() + _EXIT
     for link in list(_open_links):
         link.finish_sending(max(0.0, deadline - time.monotonic()))
-
-

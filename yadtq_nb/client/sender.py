@@ -1,6 +1,6 @@
 """Sending a job: its items become chunks, and the chunks records in Kafka, in a thread beside the notebook.
 
-    manifest ─▶ a few tasks alone ─▶ (measure) ─▶ chunks … ─▶ seal
+manifest ─▶ a few tasks alone ─▶ (measure) ─▶ chunks … ─▶ seal
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 #: Functions up to this size travel in every chunk, larger ones once; in bytes.
 _INLINE_FUNCTION: Final = 16 * 1024
+#: Seconds after which feeders are rung for again: less than they stay awake.
+_RING_AGAIN: Final = 0.4
 #: Seconds to wait for the broker to take everything.
 _FLUSH: Final = 120.0
 
@@ -46,6 +48,21 @@ class Packet(msgspec.Struct, frozen=True):
     concurrent: bool
     environment: Environment
     created: float
+    #: Names of the function's parameters.
+    parameters: tuple[str, ...] = ()
+
+    def manifest(self, total: int | None, client: str) -> Manifest:
+        """Return what the queue is told before the first chunk."""
+        return Manifest(
+            id=self.job,
+            name=self.name,
+            function_name=self.function_name,
+            created=self.created,
+            total=-1 if total is None else total,
+            style=self.style,
+            client=client,
+            parameters=self.parameters,
+        )
 
     def head(self, number: int, first: int, count: int, *, total: int = -1, by_reference: bool = False) -> ChunkHead:
         """Return the head of one chunk."""
@@ -80,6 +97,7 @@ class Mailer:
         self._store = store
         self._publisher = publisher
         self._kept: set[str] = set()
+        self._rung_at = 0.0
 
     def keep_blob(self, kind: bytes, name: str, data: bytes) -> None:
         """Put a function or source tree where nodes find it: the workbench, and the jobs topic for when that is lost.
@@ -134,8 +152,10 @@ class Mailer:
         self._publisher.send_job(*journal.encode(self._config.key, entry))
 
     def ring(self) -> None:
-        """Wake feeders that do not wait at Kafka."""
-        if self._config.reading == "wake":
+        """Wake feeders that do not wait at Kafka; once awake they stay so for a while."""
+        now = time.monotonic()
+        if self._config.reading == "wake" and now - self._rung_at > _RING_AGAIN:
+            self._rung_at = now
             self._store.ring()
 
     def flush(self) -> bool:

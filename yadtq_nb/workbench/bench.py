@@ -132,7 +132,7 @@ class Workbench:
         _check_live(status)
         return [self._lease(*entry) for entry in taken]
 
-    def _lease(self, id: bytes, token: bytes, record: bytes, done: bytes, crashes: bytes, lapses: int) -> Lease:
+    def _lease(self, _: bytes, token: bytes, record: bytes, done: bytes, crashes: bytes, lapses: int) -> Lease:
         head, _, _ = codec.decode_chunk(self._config.key, record)
         counts = _unpack(crashes) or {}
         return Lease(

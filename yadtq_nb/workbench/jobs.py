@@ -50,6 +50,8 @@ class JobRecord(msgspec.Struct, frozen=True):
     now: float
     #: Seconds until it is forgotten.
     expires: float
+    #: Names of the function's parameters.
+    parameters: tuple[str, ...] = ()
 
     @property
     def done(self) -> int:
@@ -106,6 +108,7 @@ class JobStore:
                 m.style,
                 m.client,
                 int(self._config.keep),
+                ",".join(m.parameters),
             ).decode()
         )
 
@@ -208,21 +211,23 @@ class JobStore:
     def workers(self) -> list[WorkerView]:
         """Return the nodes that beat within the last day, live ones first."""
         with self._redis.use() as client:
-            (seconds, micros), beats, infos = (
+            (seconds, micros), beats, infos, dead = (
                 client.pipeline(transaction=False)
                 .time()
                 .zrevrange(self._redis.key("beats"), 0, -1, withscores=True)
                 .hgetall(self._redis.key("nodes"))
+                .smembers(self._redis.key("dead"))
                 .execute()
             )
         now = seconds + micros / 1e6
-        views = [self._view(infos[node], now - beat) for node, beat in beats if node in infos]
+        views = [self._view(infos[node], beat, now, node in dead) for node, beat in beats if node in infos]
         return sorted(views, key=lambda view: (view.status not in ("live", "stopping"), view.heartbeat_age))
 
-    def _view(self, packed: bytes, age: float) -> WorkerView:
+    def _view(self, packed: bytes, beat: float, now: float, dead: bool) -> WorkerView:
         info = _decode_info(packed)
-        lost = age > self._config.lease and info.status != "stopped"
-        return WorkerView(info, max(0.0, age), "lost" if lost else info.status)
+        age = max(0.0, now - beat)
+        lost = (dead or age > self._config.lease) and info.status != "stopped"
+        return WorkerView(info, age, beat, "lost" if lost else info.status)
 
     def news_position(self) -> str:
         """Return the place of the newest entry of the results stream."""
@@ -283,6 +288,7 @@ def _record(fields: dict[bytes, bytes], sending: bool, now: float, ttl: int) -> 
         ended=float(ended) if ended else None,
         now=now,
         expires=float(ttl),
+        parameters=tuple(filter(None, fields.get(b"parameters", b"").decode().split(","))),
     )
 
 

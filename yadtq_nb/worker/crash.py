@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from yadtq_nb import codec
 from yadtq_nb.errors import TaskError
@@ -13,31 +13,41 @@ from yadtq_nb.model import ErrorInfo, Lease, Segment
 
 
 def outcome(
-    secret: bytes, node: str, lease: Lease, offsets: Sequence[int], reason: str, stderr: str = ""
+    secret: bytes, node: str, lease: Lease, crashes: Mapping[int, int], reason: str, stderr: str = ""
 ) -> tuple[bytes, bytes]:
-    """Return states and frame of tasks that have killed their slot or node as often as is allowed."""
+    """Return states and frame of tasks that have killed their slot or node as often as is allowed.
+
+    Args:
+        crashes: offset in the chunk -> how often.
+        reason: how it ended the last time.
+        stderr: the last lines that it wrote.
+    """
     errors = {}
-    for offset in offsets:
+    for offset, times in crashes.items():
         index = lease.head.first + offset
-        times = lease.crashes.get(offset, 0) or 1
         message = (
-            f"task {index} of job {lease.head.job_name!r} killed its slot {max(times, 1)} times and is not tried again: "
+            f"task {index} of job {lease.head.job_name!r} has killed its slot {times} times and is not tried again: "
             f"{reason} on {socket.gethostname()} (node {node})"
         )
         if stderr:
             message += f"\nlast lines of its output:\n{stderr}"
         errors[index] = ErrorInfo("yadtq_nb.TaskCrashedError", message, "", ours="TaskCrashedError")
-    return _failed(secret, node, lease, offsets, errors)
+    return _failed(secret, node, lease, list(crashes), errors, {lease.head.first + o: n for o, n in crashes.items()})
 
 
 def refusal(secret: bytes, node: str, lease: Lease, offsets: Sequence[int], error: TaskError) -> tuple[bytes, bytes]:
     """Return states and frame of tasks that could not be started."""
     info = ErrorInfo("yadtq_nb.TaskError", str(error), "")
-    return _failed(secret, node, lease, offsets, {lease.head.first + offset: info for offset in offsets})
+    return _failed(secret, node, lease, offsets, {lease.head.first + offset: info for offset in offsets}, {})
 
 
 def _failed(
-    secret: bytes, node: str, lease: Lease, offsets: Sequence[int], errors: dict[int, ErrorInfo]
+    secret: bytes,
+    node: str,
+    lease: Lease,
+    offsets: Sequence[int],
+    errors: dict[int, ErrorInfo],
+    attempts: dict[int, int],
 ) -> tuple[bytes, bytes]:
     count = len(offsets)
     states = b"F" * count
@@ -53,6 +63,6 @@ def _failed(
         started=array("d", [now] * count).tobytes(),
         seconds=array("d", [0.0] * count).tobytes(),
         worker=node,
-        attempts={lease.head.first + o: lease.crashes[o] for o in offsets if lease.crashes.get(o)},
+        attempts=attempts,
     )
     return states, codec.encode_segment(secret, segment, codec.dumps([]))

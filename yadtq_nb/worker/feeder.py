@@ -19,7 +19,7 @@ from yadtq_nb.backlog.connection import Topic
 from yadtq_nb.backlog.reader import OffsetLostError, Reader, Record
 from yadtq_nb.config import Config
 from yadtq_nb.errors import BacklogError, CodecError, WorkbenchError
-from yadtq_nb.model import Lease
+from yadtq_nb.model import ChunkHead, Lease
 from yadtq_nb.workbench.bench import Batch, Cursor, Fed, NotLiveError, Share, Workbench
 
 log = logging.getLogger(__name__)
@@ -157,7 +157,8 @@ class Feeder:
         given = {share.partition: share.cursor for share in shares}
         if given.keys() != self._positions.keys():
             self._held = [record for record in self._held if record.partition in given]
-            self._positions = {p: self._positions[p] if p in self._positions else self._find(p, given[p]) for p in given}
+            kept = self._positions
+            self._positions = {p: kept[p] if p in kept else self._find(p, cursor) for p, cursor in given.items()}
             self._assigned = False
         if self._held:
             return
@@ -236,7 +237,7 @@ class Feeder:
             for partition, found in by_partition.items()
         ]
 
-    def _open(self, record: Record) -> tuple[int, codec.ChunkHead, bytes] | None:
+    def _open(self, record: Record) -> tuple[int, ChunkHead, bytes] | None:
         """Verify a record. One that cannot be read is passed by, or it would stop every record behind it."""
         if record.value is None:
             return None

@@ -81,6 +81,7 @@ class Template:
                 stderr=log,
                 env={**environ, name: value},
                 pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C at the node's terminal is the node's to handle
             )
         self._control = ours
 

@@ -29,20 +29,19 @@ from typing import Final
 
 import psutil
 
-from yadtq_nb import codec
 from yadtq_nb.backlog.connection import Topic, ensure_topics
 from yadtq_nb.backlog.publish import Publisher
 from yadtq_nb.backlog.reader import Record, replay_jobs
 from yadtq_nb.config import Config
 from yadtq_nb.errors import BacklogError, CodecError, TaskError, WorkbenchError
 from yadtq_nb.model import Lease, WorkerInfo
+from yadtq_nb.workbench.bench import Heard, NotLiveError, Workbench
 from yadtq_nb.worker import crash
 from yadtq_nb.worker.blobs import BlobFiles
 from yadtq_nb.worker.feeder import Feeder
 from yadtq_nb.worker.heart import Heart
 from yadtq_nb.worker.pool import Died, Outcomes, SlotPool
 from yadtq_nb.worker.restore import restore_jobs
-from yadtq_nb.workbench.bench import Heard, NotLiveError, Workbench
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +85,7 @@ class Node:
         self._leases_lock = threading.Lock()
         self._outbox: collections.deque[Callable[[], object]] = collections.deque()
         self._singles: dict[str, collections.deque[int]] = {}
+        #: Something may lie in the line of ready chunks: the bell has rung, or the last look found all it could take.
         self._may_take = True
         self._stopping = threading.Event()
         self._stop_at = float("inf")
@@ -151,7 +151,7 @@ class Node:
             Workbench(self._config, self.queue, self.id),
             restore=lambda: restore_jobs(self._config, self.queue, replay_jobs(self._config, self.queue)),
             reserve=lambda n: 0 if self._stopping.is_set() else self.pool.reserve(n),
-            unreserve=self.pool.unreserve,
+            unreserve=self._unreserve,
             start=self._start,
             refuse=self._refuse,
             slots=self.slots,
@@ -196,10 +196,12 @@ class Node:
         if not free:
             return
         leases: list[Lease] = []
+        # Before looking: a bell that rings meanwhile must not be forgotten.
         self._may_take = False
         try:
             leases = self._bench.take(free)
-            self._may_take = len(leases) == free
+            if len(leases) == free:
+                self._may_take = True
         except (NotLiveError, CodecError):
             log.warning("nothing could be taken", exc_info=True)
         except WorkbenchError as exc:
@@ -207,6 +209,12 @@ class Node:
         self.pool.unreserve(free - len(leases))
         for lease in leases:
             self._start(lease, self._bench)
+
+    def _unreserve(self, count: int) -> None:
+        """Give back what the feeder had claimed; the main thread may have found no slot meanwhile."""
+        self.pool.unreserve(count)
+        if count and self._may_take:
+            self.pool.wake()
 
     def _start(self, lease: Lease, workbench: Workbench) -> None:
         """Run a leased chunk in a reserved slot. Called by the main thread and by the feeder."""
@@ -216,13 +224,14 @@ class Node:
         hopeless = [offset for offset in hopeless if offset not in lease.done]
         left = [o for o in range(lease.head.count) if o not in lease.done and o not in hopeless]
         try:
-            for offset in hopeless:
-                self._post(lease, [offset], *crash.outcome(self._config.key, self.id, lease, [offset], "its node died"))
+            if hopeless:
+                crashes = {offset: lease.crashes[offset] for offset in hopeless}
+                self._post(lease, hopeless, *crash.outcome(self._config.key, self.id, lease, crashes, "its node died"))
             if not left:
                 self._drop(lease)
                 self.pool.unreserve(1)
             elif lease.lapses and len(left) > 1:
-                # A node has died over this chunk: one task at a time, so that a further death is charged to the right one.
+                # A node has died over this chunk: one task at a time, so that the next death is charged rightly.
                 self._singles[lease.head.id] = collections.deque(left)
                 self._run_next_single(lease, workbench)
             else:
@@ -263,7 +272,6 @@ class Node:
                 self._fail(lease, list(self._singles.pop(id)), exc)
             return
         self._drop(lease)
-        self._may_take = True
 
     def _bury(self, event: Died) -> None:
         """A slot has died: charge the task that ran in it, and let its chunk-mates go on elsewhere."""
@@ -277,11 +285,10 @@ class Node:
         if times < self._config.max_crashes:
             self._outbox.append(lambda: self._bench.release(lease, crashed=offset))
         else:
-            states, frame = crash.outcome(self._config.key, self.id, lease, [offset], event.reason, event.stderr)
+            states, frame = crash.outcome(self._config.key, self.id, lease, {offset: times}, event.reason, event.stderr)
             self._post(lease, [offset], states, frame)
             self._outbox.append(lambda: self._bench.release(lease))
         self._drop(lease)
-        self._may_take = True
 
     def _fail(self, lease: Lease, offsets: list[int], error: Exception) -> None:
         """End tasks that cannot even be started."""
@@ -379,7 +386,9 @@ class Node:
 
     def _usage(self) -> tuple[float, int]:
         pids = [os.getpid(), *self.pool.pids()]
-        self._processes = {pid: self._processes.get(pid) or psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)}
+        self._processes = {
+            pid: self._processes.get(pid) or psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)
+        }
         cpu, memory = 0.0, 0
         for process in self._processes.values():
             with contextlib.suppress(psutil.Error):
@@ -401,7 +410,7 @@ def serve(
     id: str = "",
     predecessor: str = "",
     active: Path | None = None,
-    ready: Callable[[Node], None] = lambda node: None,
+    ready: Callable[[Node], None] = lambda _: None,
 ) -> None:
     """Run a node in this process until SIGTERM or Ctrl-C.
 

@@ -317,11 +317,15 @@ class SlotPool:
                 return slot
         if not idle or self._launcher is None:
             return None
-        oldest = min(idle, key=lambda slot: slot.used)
-        self._launcher.kill(oldest.serial)
-        del self._slots[oldest.serial]
-        self._retire(oldest)
-        return self._add(oldest.number)
+        return self._replace(min(idle, key=lambda slot: slot.used))
+
+    def _replace(self, slot: _Slot) -> _Slot:
+        """End an idle slot and ask for a fresh one, which takes orders at once."""
+        assert self._launcher is not None  # noqa: S101  # as in _add
+        self._launcher.kill(slot.serial)
+        del self._slots[slot.serial]
+        self._retire(slot)
+        return self._add(slot.number)
 
     def _retire(self, slot: _Slot) -> None:
         with contextlib.suppress(KeyError, ValueError):
@@ -351,14 +355,22 @@ class SlotPool:
         if notes is None:
             self._restart_later()
             return
-        for note in notes:
-            slot = self._slots.get(note.slot)
-            if slot and note.act == "forked":
-                self._forked(slot, note)
-            elif slot and note.act == "exited":
-                self._exited(slot, processes.describe(note.value))
-                with self._lock:
+        with self._lock:
+            for note in notes:
+                slot = self._slots.get(note.slot)
+                if note.act == "warm":
+                    self._refresh_unused()
+                elif slot and note.act == "forked":
+                    self._forked(slot, note)
+                elif slot and note.act == "exited":
+                    self._exited(slot, processes.describe(note.value))
                     self._add(slot.number)
+
+    def _refresh_unused(self) -> None:
+        """Replace slots that were forked before the template had imported the common libraries."""
+        for slot in list(self._slots.values()):
+            if slot.lease is None and slot.environment is None:
+                self._replace(slot)
 
     def _forked(self, slot: _Slot, note: Note) -> None:
         slot.pid = note.value
@@ -432,7 +444,9 @@ def _tail(slot: _Slot) -> str:
     """Return the last lines of what a slot has written since its chunk began."""
     try:
         with slot.log.open("rb") as file:
-            file.seek(max(slot.log_start, _size(slot.log) - _LAST_BYTES))
+            size = _size(slot.log)
+            start = slot.log_start if slot.log_start <= size else 0  # it may have been cut meanwhile
+            file.seek(max(start, size - _LAST_BYTES))
             return "\n".join(file.read().decode("utf-8", "replace").splitlines()[-_LAST_LINES:])
     except OSError:
         return ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import mmap
 import os
 import signal
@@ -60,9 +61,18 @@ class Slot:
         if first is None:
             os._exit(0)
         self._setup = _decode_setup(first[0])
-        while (frame := wire.receive(self._sock)) is not None:
-            self._run(_decode_order(frame[0]), frame[1])
+        while self._serve_one():
+            pass
         os._exit(0)
+
+    def _serve_one(self) -> bool:
+        frame = wire.receive(self._sock)
+        if frame is None:
+            return False
+        order, record = _decode_order(frame[0]), frame[1]
+        del frame  # a chunk is not to be held twice, nor longer than it runs
+        self._run(order, record)
+        return True
 
     def _run(self, order: Order, record: bytearray) -> None:
         skip = frozenset(order.skip)
@@ -100,7 +110,7 @@ class Slot:
         self._enter(head.environment, order.tree)
         with _explained(head):
             call = self._function(head, function, order.function)
-            if order.arguments:
+            if head.by_reference:
                 arguments = self._blob(codec.ARGUMENTS, order.arguments)
             items = codec.loads(arguments)
         if len(items) != head.count:
@@ -127,7 +137,7 @@ class Slot:
 
     def _blob(self, kind: bytes, path: str, expected: str = "") -> memoryview:
         if not path:
-            raise errors.FormatError("the chunk's function neither travels with it nor was given as a file")
+            raise errors.FormatError("the chunk's function or its arguments neither travel with it nor lie in a file")
         body = codec.unseal(self._setup.secret, kind, Path(path).read_bytes())
         if expected and codec.content_hash(body) != expected:
             raise errors.FormatError(f"{path} holds something else than {expected}")
@@ -203,6 +213,7 @@ def serve_forked(sock: socket.socket, progress_fd: int, log: str, template: int)
     if not processes.die_with_parent(template, signal.SIGKILL):
         os._exit(0)
     processes.adopt_orphans()
+    processes.offer_to_oom_killer()
     _reseed()
     _serve(sock, progress_fd, log)
 
@@ -212,11 +223,13 @@ def main() -> NoReturn:
     sock_fd, progress_fd, leash = map(int, sys.argv[1:4])
     os.setsid()
     threading.Thread(target=_end_with, args=(leash,), name="yadtq-leash", daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _serve(socket.socket(fileno=sock_fd), progress_fd, sys.argv[4])
 
 
 def _serve(sock: socket.socket, progress_fd: int, log: str) -> NoReturn:
+    sys.argv[:] = [""]
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, functools.partial(_leave_to_node, os.getpid()))
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -227,6 +240,16 @@ def _serve(sock: socket.socket, progress_fd: int, log: str) -> NoReturn:
     progress = memoryview(mmap.mmap(progress_fd, wire.PROGRESS_SIZE)).cast("I")
     os.close(progress_fd)
     Slot(sock, progress).serve()
+
+
+def _leave_to_node(slot: int, signum: int, frame: object) -> None:
+    """Do nothing: a service manager signals the whole group, and it is the node that decides when slots end.
+
+    Not SIG_IGN, which would be inherited by whatever a task starts, so that it could not be terminated.
+    """
+    if os.getpid() != slot:  # a child that a task has forked
+        signal.signal(signum, signal.SIG_DFL)
+        signal.raise_signal(signum)
 
 
 def _reseed() -> None:
@@ -249,8 +272,6 @@ def _load_function(data: codec.Buffer, environment: Environment) -> Callable[...
     function, fixed = codec.loads(data)
     if not fixed:
         return function  # type: ignore[no-any-return]
-    import functools
-
     return functools.partial(function, **fixed)
 
 

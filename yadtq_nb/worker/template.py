@@ -44,8 +44,8 @@ _decode = msgspec.msgpack.Decoder(Note).decode
 class Template:
     """Forks slots on request, from its only thread."""
 
-    def __init__(self, control: socket.socket) -> None:
-        self._control = control
+    def __init__(self, control: socket.socket, owner: int) -> None:
+        self._control, self._owner = control, owner
         self._pid = os.getpid()
         self._slots: dict[int, int] = {}
         self._preload = [name for name in PRELOAD if importlib.util.find_spec(name)]
@@ -60,13 +60,18 @@ class Template:
         """Serve until the control socket closes or SIGTERM comes; does not return then."""
         signal.set_wakeup_fd(self._waker.fileno())
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.signal(signal.SIGTERM, lambda *_: self.end())
+        signal.signal(signal.SIGTERM, lambda *_: self._end_with_owner())
         while True:
             ready = self._selector.select(_QUIET if self._preload else None)
             for key, _ in ready:
                 key.data()
             if not ready and self._preload:
                 self._import(self._preload.pop(0))
+
+    def _end_with_owner(self) -> None:
+        # A service manager may signal the whole group: then the node decides, and closes the control socket.
+        if os.getppid() != self._owner:
+            self.end()
 
     def end(self) -> NoReturn:
         """Kill everything below and exit."""
@@ -173,7 +178,6 @@ class Template:
 def main() -> None:
     """Entry point: `control socket's fd` `pid of the node` are the arguments."""
     control_fd, owner = map(int, sys.argv[1:3])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at the terminal is the node's to handle
     alive = processes.die_with_parent(owner, signal.SIGTERM)
     processes.adopt_orphans()
     if not alive:
@@ -181,7 +185,7 @@ def main() -> None:
     import cloudpickle  # noqa: F401  # even the first task needs it
 
     gc.freeze()
-    Template(socket.socket(fileno=control_fd)).serve()
+    Template(socket.socket(fileno=control_fd), owner).serve()
 
 
 if __name__ == "__main__":

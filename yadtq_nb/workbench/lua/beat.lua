@@ -8,6 +8,7 @@ local lost = {}
 
 redis.call('ZADD', key('beats'), now, node)
 redis.call('HSET', key('nodes'), node, info)
+redis.call('SREM', key('dead'), node)
 for _, named in ipairs(cmsgpack.unpack(ARGV[6])) do
   local chunk = read_chunk(named[1])
   if chunk and holds(chunk, node, named[2]) then

@@ -17,6 +17,7 @@ else
 end
 if dead ~= '' then
   redis.call('SREM', key('feeders'), dead)
+  redis.call('SADD', key('dead'), dead)
 end
 for _, id in ipairs(held) do
   local chunk = read_chunk(id)
@@ -49,5 +50,6 @@ for _, node in ipairs(redis.call('ZRANGEBYSCORE', key('beats'), '-inf', now - 86
   redis.call('ZREM', key('beats'), node)
   redis.call('HDEL', key('nodes'), node)
   redis.call('SREM', key('feeders'), node)
+  redis.call('SREM', key('dead'), node)
 end
 return told
