@@ -321,7 +321,7 @@ class SlotPool:
 
     def _replace(self, slot: _Slot) -> _Slot:
         """End an idle slot and ask for a fresh one, which takes orders at once."""
-        assert self._launcher is not None  # noqa: S101  # as in _add
+        assert self._launcher is not None  # as in _add
         self._launcher.kill(slot.serial)
         del self._slots[slot.serial]
         self._retire(slot)

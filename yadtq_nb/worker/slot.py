@@ -242,7 +242,7 @@ def _serve(sock: socket.socket, progress_fd: int, log: str) -> NoReturn:
     Slot(sock, progress).serve()
 
 
-def _leave_to_node(slot: int, signum: int, frame: object) -> None:
+def _leave_to_node(slot: int, signum: int, _frame: object) -> None:
     """Do nothing: a service manager signals the whole group, and it is the node that decides when slots end.
 
     Not SIG_IGN, which would be inherited by whatever a task starts, so that it could not be terminated.
