@@ -76,7 +76,7 @@ def unseal(secret: bytes, kind: bytes, frame: Buffer) -> memoryview:
         SignatureError: not signed with this secret.
     """
     view = memoryview(frame)
-    if len(view) < _HEADER or view[:2] != _MAGIC:
+    if len(view) < _HEADER or bytes(view[:2]) != _MAGIC:
         raise FormatError("not a yadtq record: it does not start with the magic bytes, or is cut short")
     _, version, found, flags = _PREFIX.unpack_from(view)
     if version != _VERSION:

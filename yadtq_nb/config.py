@@ -4,7 +4,11 @@
     YADTQ_REDIS    redis://host:6379/0, or rediss:// for TLS
     YADTQ_SECRET   what chunks and results are signed with; the same everywhere
     YADTQ_BROKER   another Kafka-compatible broker binary for the local stack
+    YADTQ_IDLE     seconds without work after which the local stack stops by itself; 0 for never
     YADTQ_HOME     where the local stack keeps its state, instead of the user's state directory
+
+    YADTQ_CONFIG   a file with all settings, and
+    YADTQ_ACTIVE   a file to touch while there is work: set by the local stack for its nodes and what they start
 
 yadtq.toml, in the working directory, one of its parents, or the user's configuration directory:
 
@@ -35,6 +39,9 @@ from yadtq_nb.errors import ConfigError
 Reading = Literal["wake", "poll"]
 
 _FILE: Final = "yadtq.toml"
+#: Keys of the file that are about the local stack only.
+_LOCAL_KEYS: Final = ("broker", "idle")
+_IDLE: Final = 30 * 60.0
 _SECRET_HELP: Final = (
     "set YADTQ_SECRET (or secret=) to the same value in the notebook and on every worker; "
     "make one with: python -c 'import secrets; print(secrets.token_hex(32))'"
@@ -79,7 +86,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ConfigError(f"partitions must be at least 1, not {self.partitions}")
         if self.lease <= self.heartbeat:
             raise ConfigError(
-                f"a lease of {self.lease} s would lapse between heartbeats of {self.heartbeat} s: make it 2.5 times as long"
+                f"a lease of {self.lease} s would lapse between heartbeats of {self.heartbeat} s: "
+                "make it 2.5 times as long"
             )
 
     @property
@@ -94,7 +102,12 @@ def load(*, kafka: str | None = None, redis: str | None = None, secret: str | No
     Raises:
         ConfigError: only one of Kafka and Redis is given, there is no secret, or the file is wrong.
     """
+    handed_down = os.environ.get("YADTQ_CONFIG")
+    if handed_down and not (kafka or redis):
+        return read(Path(handed_down))
     file, settings = _read_file()
+    for name in _LOCAL_KEYS:
+        settings.pop(name, None)
     given = {"kafka": kafka, "redis": redis, "secret": secret}
     for name, argument in given.items():
         value = argument or os.environ.get(f"YADTQ_{name.upper()}") or settings.get(name)
@@ -114,6 +127,48 @@ def load(*, kafka: str | None = None, redis: str | None = None, secret: str | No
         return msgspec.convert(settings, Config)
     except msgspec.ValidationError as exc:
         raise ConfigError(f"{file or 'settings'}: {exc}") from exc
+
+
+def read(path: Path) -> Config:
+    """Return the settings that a local stack wrote to a file.
+
+    Raises:
+        ConfigError: the file is missing or wrong.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Config)
+    except (OSError, msgspec.MsgspecError) as exc:
+        raise ConfigError(f"{path}, which YADTQ_CONFIG or the local stack names, cannot be read: {exc}") from exc
+
+
+def worker_environment() -> dict[str, str]:
+    """Return the environment for a stack's processes: this one, without what belongs to a notebook kernel."""
+    dropped = ("YADTQ_", "JPY_", "IPY_", "MPLBACKEND", "PYDEVD_", "PYTHONSTARTUP")
+    return {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+
+
+def python_path() -> str:
+    """Return PYTHONPATH as it is set, or nothing."""
+    return os.environ.get("PYTHONPATH", "")
+
+
+def activity_file() -> Path | None:
+    """Return the file that a node touches while it has work, or None outside of a local stack."""
+    path = os.environ.get("YADTQ_ACTIVE")
+    return Path(path) if path else None
+
+
+def idle_limit() -> float | None:
+    """Return the seconds without work after which the local stack stops by itself, None for never.
+
+    Raises:
+        ConfigError: the setting is not a number.
+    """
+    value = os.environ.get("YADTQ_IDLE") or _read_file()[1].get("idle", _IDLE)
+    try:
+        return float(value) or None
+    except (TypeError, ValueError) as exc:
+        raise ConfigError(f"YADTQ_IDLE, or idle in {_FILE}, is {value!r}: give seconds, or 0 for never") from exc
 
 
 def broker_binary() -> str | None:

@@ -127,7 +127,7 @@ class ResultPickleError(TaskError):
     """The task returned something that cannot be pickled."""
 
 
-class RemoteTraceback(Exception):
+class RemoteTraceback(Exception):  # noqa: N818  # it is no error of its own, but the cause of one
     """Cause of an exception that was raised on a worker: prints the worker's traceback."""
 
     def __init__(self, text: str) -> None:

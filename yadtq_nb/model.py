@@ -122,6 +122,8 @@ class Manifest(msgspec.Struct, frozen=True):
     style: CallStyle = "item"
     #: Host and process that submitted it, to be shown.
     client: str = ""
+    #: Names of the function's parameters, for the columns of a DataFrame.
+    parameters: tuple[str, ...] = ()
 
 
 class Seal(msgspec.Struct, frozen=True):
@@ -207,6 +209,8 @@ class WorkerView(msgspec.Struct, frozen=True):
     info: WorkerInfo
     #: Seconds since its last heartbeat, by the workbench's clock.
     heartbeat_age: float
+    #: When that was, in seconds since the epoch.
+    last_heartbeat: float
     #: "live", "stopping", "stopped", or "lost" when its heartbeat has lapsed.
     status: str
 

@@ -462,7 +462,7 @@ def _import_from(files: dict[str, bytes], roots: Iterable[str]) -> None:
     """
 
     class Loader(importlib.machinery.SourceFileLoader):
-        def path_stats(self, path: str) -> Any:
+        def path_stats(self, path: str) -> Any:  # noqa: ARG002  # the name is importlib's
             raise OSError  # no time stamp: the cache is neither read nor written
 
         def get_data(self, path: str) -> bytes:

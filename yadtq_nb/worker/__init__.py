@@ -1,0 +1,1 @@
+"""The worker: a node and its slots. Shares with the client only backlog, workbench, codec and model."""

@@ -1,0 +1,166 @@
+"""Reading: an assigned consumer without group membership, commits, and the replay of the jobs topic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+import msgspec
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from yadtq_nb.backlog.connection import TIMEOUT, Topic, jobs_topic, settings, translate_kafka_errors
+from yadtq_nb.config import Config
+from yadtq_nb.errors import BacklogError
+
+#: Milliseconds that a fetch may wait at a broker that does not wake it.
+_FETCH_WAIT_TANSU: Final = 1
+
+
+class Record(msgspec.Struct, frozen=True):
+    """A record of the tasks topic. value is None for a tombstone."""
+
+    partition: int
+    offset: int
+    value: bytes | None
+
+
+class OffsetLostError(Exception):
+    """The offset that should be read next is not in the log: the topic was made again, or records were deleted."""
+
+    def __init__(self, partition: int) -> None:
+        super().__init__(partition)
+        self.partition = partition
+
+
+class Reader:
+    """Reads given partitions from given offsets. For one thread."""
+
+    def __init__(self, config: Config, queue: str, topic: Topic) -> None:
+        self._config = config
+        self._topic = topic
+        self._queue = queue
+        more = {"fetch.wait.max.ms": _FETCH_WAIT_TANSU} if config.reading == "wake" else {}
+        with translate_kafka_errors(config):
+            self._consumer = Consumer(
+                settings(
+                    config,
+                    **{
+                        "group.id": f"yadtq.{queue}",
+                        "enable.auto.commit": False,
+                        "enable.auto.offset.store": False,
+                        # A silent jump to either end would skip or repeat chunks: an error is handled.
+                        "auto.offset.reset": "error",
+                        "queued.max.messages.kbytes": 65_536,
+                        **more,
+                    },
+                )
+            )
+
+    def assign(self, offsets: Mapping[int, int]) -> None:
+        """Read these partitions from these offsets, and no others."""
+        with translate_kafka_errors(self._config):
+            if offsets:
+                self._consumer.assign([TopicPartition(self._topic.name, p, o) for p, o in offsets.items()])
+            else:
+                self._consumer.unassign()
+
+    def poll(self, timeout: float, most: int) -> list[Record]:
+        """Wait for a record, and return it with what else is there.
+
+        Raises:
+            OffsetLostError: a partition cannot be read from where it should.
+            BacklogError: Kafka refuses for good; being away for a while is waited out.
+        """
+        with translate_kafka_errors(self._config):
+            # consume(n, t) waits the whole t for n records: wait for one, then take what is there.
+            first = self._consumer.poll(timeout)
+            if first is None:
+                return []
+            messages = [first, *self._consumer.consume(most - 1, 0)]
+        return [self._record(message) for message in messages if self._is_record(message)]
+
+    def _is_record(self, message: Message) -> bool:
+        error = message.error()
+        if error is None:
+            return True
+        if error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):
+            raise OffsetLostError(message.partition() or 0)
+        if error.fatal() or not _passes_by_itself(error):
+            raise BacklogError(f"Kafka at {self._config.kafka} cannot be read: {error.str()}")
+        return False
+
+    def _record(self, message: Message) -> Record:
+        partition, offset, value = message.partition(), message.offset(), message.value()
+        assert partition is not None
+        assert offset is not None
+        return Record(partition, offset, value if isinstance(value, bytes) else None)
+
+    def log_start(self, partition: int) -> int:
+        """Return the first offset that is still in the log."""
+        with translate_kafka_errors(self._config):
+            low, _ = self._consumer.get_watermark_offsets(TopicPartition(self._topic.name, partition), timeout=TIMEOUT)
+        return int(low)
+
+    def committed(self, partition: int) -> int | None:
+        """Return the offset that was committed for this life of the topic, or None."""
+        with translate_kafka_errors(self._config):
+            (found,) = self._consumer.committed([TopicPartition(self._topic.name, partition)], timeout=TIMEOUT)
+        if found.offset < 0:
+            return None
+        # A broker that keeps no metadata forgets the offsets with the topic.
+        ours = found.metadata == self._topic.id or (not found.metadata and self._config.reading == "wake")
+        return int(found.offset) if ours else None
+
+    def commit(self, offsets: Mapping[int, int]) -> None:
+        """Commit low-water marks, naming the topic's life, without waiting for the answer."""
+        with translate_kafka_errors(self._config):
+            self._consumer.commit(
+                offsets=[TopicPartition(self._topic.name, p, o, metadata=self._topic.id) for p, o in offsets.items()],
+                asynchronous=True,
+            )
+
+    def close(self) -> None:
+        """Close the consumer."""
+        self._consumer.close()
+
+
+def replay_jobs(config: Config, queue: str) -> Iterator[tuple[str, bytes | None]]:
+    """Yield the last values of the jobs topic, (key, value or None), up to its present end.
+
+    Raises:
+        BacklogError: Kafka cannot be reached.
+    """
+    with translate_kafka_errors(config):
+        consumer = Consumer(settings(config, **{"group.id": f"yadtq.{queue}.replay", "enable.auto.commit": False}))
+        try:
+            place = TopicPartition(jobs_topic(queue), 0)
+            low, high = consumer.get_watermark_offsets(place, timeout=TIMEOUT)
+            if low >= high:
+                return
+            consumer.assign([TopicPartition(jobs_topic(queue), 0, low)])
+            while True:
+                message = consumer.poll(TIMEOUT)
+                # Not "if message": a tombstone has no value and so is false.
+                if message is None:
+                    raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
+                if message.error() is None:
+                    key, value = message.key(), message.value()
+                    yield (key.decode() if isinstance(key, bytes) else str(key)), value  # type: ignore[misc]  # bytes or None
+                    if (message.offset() or 0) >= high - 1:
+                        return
+        finally:
+            consumer.close()
+
+
+def _passes_by_itself(error: KafkaError) -> bool:
+    """Tell whether librdkafka goes on by itself after this error."""
+    return error.retriable() or error.code() in (
+        KafkaError._ALL_BROKERS_DOWN,
+        KafkaError._TRANSPORT,
+        KafkaError._RESOLVE,
+        KafkaError._PARTITION_EOF,
+        KafkaError._TIMED_OUT,
+        KafkaError.UNKNOWN_TOPIC_OR_PART,
+        KafkaError._UNKNOWN_TOPIC,
+        KafkaError._UNKNOWN_PARTITION,
+    )

@@ -1,0 +1,379 @@
+"""The board of one job in this process: which outcomes have come, and what they say.
+
+Outcomes stay packed as they came, and are opened when someone asks: a job of a million items is some hundreds of
+segments here, not a million objects.
+"""
+
+from __future__ import annotations
+
+import bisect
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any, Final
+
+from yadtq_nb import codec, errors
+from yadtq_nb.errors import JobError, RemoteTraceback, TaskError
+from yadtq_nb.model import STATE_OF_CODE, ErrorInfo, State
+from yadtq_nb.workbench.jobs import Stored
+
+_SUCCEEDED: Final = ord("S")
+_FAILED: Final = ord("F")
+
+
+class Failure:
+    """Stands where a task has no value; no task can return one."""
+
+    __slots__ = ("info",)
+
+    def __init__(self, info: ErrorInfo | None) -> None:
+        self.info = info
+
+
+class Outcomes:
+    """One segment of outcomes, its values unpickled on first use."""
+
+    def __init__(self, secret: bytes, stored: Stored) -> None:
+        """Verify a segment.
+
+        Raises:
+            CodecError: it cannot be read, or was signed with another secret.
+        """
+        self.segment, self._pickled = codec.decode_segment(secret, stored.frame)
+        self._mask = stored.mask
+        self._values: list[Any] | None = None
+
+    def indices(self) -> Sequence[int]:
+        """Indices in the job of the tasks whose outcome counts."""
+        indices = self.segment.indices()
+        if not self._mask:
+            return indices
+        return [index for index, kept in zip(indices, self._mask, strict=True) if kept == ord("1")]
+
+    def is_consecutive_success(self) -> bool:
+        """Tell whether all tasks from first on succeeded and count: then values() is a slice of the results."""
+        segment = self.segment
+        return not self._mask and not segment.scattered and len(self.values()) == segment.count
+
+    def values(self) -> list[Any]:
+        """Return the values of those that succeeded, in order, whether they count or not."""
+        if self._values is None:
+            self._values = codec.loads(self._pickled)
+            self._pickled = memoryview(b"")
+        return self._values
+
+    def rows(self) -> Iterator[tuple[int, int, Any]]:
+        """Yield (index in the job, position in the segment, value or Failure) of each outcome that counts."""
+        values = iter(self.values())
+        segment = self.segment
+        for position, (index, code) in enumerate(zip(segment.indices(), segment.states, strict=True)):
+            value = next(values) if code == _SUCCEEDED else Failure(segment.errors.get(index))
+            if not self._mask or self._mask[position] == ord("1"):
+                yield index, position, value
+
+
+class Table:
+    """Outcomes by index, column by column: what a DataFrame is made from."""
+
+    def __init__(self, total: int) -> None:
+        import numpy as np
+
+        #: A Failure stands where there is no value.
+        self.values: list[Any] = [Failure(None)] * total
+        #: One byte a task, as in STATE_CODES; "Q" where nothing has come.
+        self.states = bytearray(b"Q" * total)
+        #: Index to one line.
+        self.errors: dict[int, str] = {}
+        self.workers = [""] * total
+        #: Seconds since the epoch.
+        self.started = np.full(total, np.nan)
+        self.seconds = np.full(total, np.nan)
+        self.attempts = np.zeros(total, dtype=np.int64)
+
+    def add(self, outcomes: Outcomes) -> None:
+        """Write a segment into the columns."""
+        import numpy as np
+
+        segment = outcomes.segment
+        started, seconds = np.frombuffer(segment.started), np.frombuffer(segment.seconds)
+        if outcomes.is_consecutive_success():
+            block = slice(segment.first, segment.first + segment.count)
+            self.values[block] = outcomes.values()
+            self.states[block] = segment.states
+            self.workers[block] = [segment.worker] * segment.count
+            self.started[block], self.seconds[block], self.attempts[block] = started, seconds, 1
+        for index, position, value in () if outcomes.is_consecutive_success() else outcomes.rows():
+            self.values[index] = value
+            self.states[index] = segment.states[position]
+            self.workers[index] = segment.worker
+            self.started[index], self.seconds[index], self.attempts[index] = started[position], seconds[position], 1
+        for index, attempt in segment.attempts.items():
+            self.attempts[index] = attempt
+        for index, info in segment.errors.items():
+            if self.states[index] == _FAILED:
+                self.errors[index] = f"{info.type_name.rpartition('.')[2]}: {info.message}"
+
+
+class Board:
+    """What has come of one job. Filled by the inbox's thread, read and waited on by any."""
+
+    def __init__(self, job: str, secret: bytes) -> None:
+        self.job = job
+        self._secret = secret
+        self._changed = threading.Condition()
+        self._segments: dict[str, Outcomes] = {}
+        self._order: list[Outcomes] = []
+        self._starts: list[int] = []
+        self._by_start: list[Outcomes] = []
+        self._scattered: dict[int, tuple[Outcomes, int]] = {}
+        self._futures: dict[int, Future[Any]] = {}
+        self._waiters: list[tuple[int, Future[None]]] = []
+        self._first_failed: int | None = None
+        #: Tasks with an outcome, as the news has told.
+        self.done = 0
+        #: Names of outcomes that have been told but not fetched.
+        self.told: dict[str, int] = {}
+        #: True once someone wants the outcomes, and not just their number.
+        self.wanted = False
+        #: True once the last outcome has come, or will never come.
+        self.ended = False
+        #: Why the rest will never come.
+        self.failure: JobError | None = None
+
+    # What the inbox tells.
+
+    def tell(self, field: str, count: int) -> None:
+        """Note that outcomes are there to be fetched."""
+        with self._changed:
+            if field not in self._segments and field not in self.told:
+                self.told[field] = count
+                self.done += count
+                self._changed.notify_all()
+
+    def missing(self, fields: Sequence[str]) -> list[str]:
+        """Return those of the names that have not been put here yet."""
+        with self._changed:
+            return [field for field in fields if field not in self._segments]
+
+    def put(self, stored: Stored) -> None:
+        """Add outcomes that were fetched.
+
+        Raises:
+            CodecError: they cannot be read.
+        """
+        outcomes = Outcomes(self._secret, stored)
+        with self._changed:
+            if stored.field in self._segments:
+                return
+            self._segments[stored.field] = outcomes
+            if self.told.pop(stored.field, None) is None:
+                self.done += len(outcomes.indices())
+            self._order.append(outcomes)
+            self._index(outcomes)
+            asked = self._asked(outcomes)
+            self._changed.notify_all()
+            due = self._due()
+        for future in due:
+            future.set_result(None)
+        if asked:
+            self._resolve(outcomes, asked)
+
+    def give_up(self, fields: Sequence[str]) -> None:
+        """Expect no more those that were fetched but were not there: they have expired, or Redis was emptied."""
+        with self._changed:
+            for field in fields:
+                self.told.pop(field, None)
+            self._changed.notify_all()
+
+    def end(self, failure: JobError | None = None) -> None:
+        """Note that nothing more will come; with a failure, that some never will."""
+        with self._changed:
+            self.ended = True
+            self.failure = failure
+            self._changed.notify_all()
+            due = [future for _, future in self._waiters]
+            self._waiters.clear()
+            orphans = list(self._futures.values()) if failure else []
+        for future in due:
+            future.set_result(None)
+        for orphan in orphans:
+            if not orphan.done():
+                orphan.set_exception(failure)
+
+    def _index(self, outcomes: Outcomes) -> None:
+        segment = outcomes.segment
+        if segment.scattered or outcomes._mask:  # the board and its outcomes are one room
+            values = outcomes.indices()
+            positions = {index: position for position, index in enumerate(segment.indices())}
+            self._scattered.update((index, (outcomes, positions[index])) for index in values)
+        else:
+            place = bisect.bisect(self._starts, segment.first)
+            self._starts.insert(place, segment.first)
+            self._by_start.insert(place, outcomes)
+        if segment.errors:
+            counted = set(outcomes.indices())
+            failed = min((index for index in segment.errors if index in counted), default=None)
+            if failed is not None and (self._first_failed is None or failed < self._first_failed):
+                self._first_failed = failed
+
+    # Futures.
+
+    def future(self, index: int, make: Callable[[int], Future[Any]]) -> Future[Any]:
+        """Return the one future of a task, made when it is first asked for."""
+        with self._changed:
+            known = self._futures.get(index)
+            if known is not None:
+                return known
+            future = self._futures[index] = make(index)
+            found = self._find(index)
+            failure = self.failure
+        if found is not None:
+            self._resolve(found[0], [index])
+        elif failure is not None:
+            future.set_exception(failure)
+        return future
+
+    def _asked(self, outcomes: Outcomes) -> list[int]:
+        return [index for index in outcomes.indices() if index in self._futures] if self._futures else []
+
+    def _resolve(self, outcomes: Outcomes, asked: Sequence[int]) -> None:
+        wanted = set(asked)
+        for index, _, value in outcomes.rows():
+            if index in wanted:
+                _settle(self._futures[index], index, value)
+
+    def _find(self, index: int) -> tuple[Outcomes, int] | None:
+        """Return the outcomes that hold a task's, and its position in them."""
+        if index in self._scattered:
+            return self._scattered[index]
+        place = bisect.bisect(self._starts, index) - 1
+        if place >= 0:
+            outcomes = self._by_start[place]
+            position = index - outcomes.segment.first
+            if position < outcomes.segment.count:
+                return outcomes, position
+        return None
+
+    # Waiting.
+
+    def wait(self, ready: Callable[[], bool], deadline: float | None) -> bool:
+        """Block until ready, or until the deadline on the monotonic clock. Ctrl-C gets through."""
+        with self._changed:
+            while not ready():
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    return False
+                self._changed.wait(left)
+            return True
+
+    def wait_for_arrival(self, place: int) -> None:
+        """Block until the segment of that place in order of arrival has come, or none will come any more."""
+        self.wait(lambda: self.arrived() > place or self.complete(), None)
+
+    def when_arrived(self, count: int) -> Future[None]:
+        """Return a future that is done once so many segments have come, or the job has ended."""
+        future: Future[None] = Future()
+        with self._changed:
+            if len(self._order) < count and not self.ended:
+                self._waiters.append((count, future))
+                return future
+        future.set_result(None)
+        return future
+
+    def _due(self) -> list[Future[None]]:
+        due = [future for count, future in self._waiters if count <= len(self._order)]
+        self._waiters = [(count, future) for count, future in self._waiters if count > len(self._order)]
+        return due
+
+    # Reading.
+
+    def arrived(self) -> int:
+        """Number of segments that have come."""
+        return len(self._order)
+
+    def segment(self, place: int) -> Outcomes:
+        """Return a segment in order of arrival."""
+        return self._order[place]
+
+    def segments(self) -> list[Outcomes]:
+        """Return all segments that have come."""
+        with self._changed:
+            return list(self._order)
+
+    def complete(self) -> bool:
+        """Tell whether everything that was told is here and nothing more will come."""
+        return self.ended and not self.told
+
+    def failed_in_order(self) -> bool:
+        """Tell whether a task has failed and all before it have their outcome: results in order stop there."""
+        first = self._first_failed
+        if first is None:
+            return False
+        before = sum(1 for index in self._scattered if index < first)
+        for start, outcomes in zip(self._starts, self._by_start, strict=True):
+            before += max(0, min(outcomes.segment.count, first - start))
+        return before == first
+
+    def results(self, total: int) -> list[Any]:
+        """Return values by index; a Failure stands where a task failed or nothing has come."""
+        found: list[Any] = [Failure(None)] * total
+        for outcomes in self.segments():
+            if outcomes.is_consecutive_success():
+                first = outcomes.segment.first
+                found[first : first + outcomes.segment.count] = outcomes.values()
+            else:
+                for index, _, value in outcomes.rows():
+                    found[index] = value
+        return found
+
+    def table(self, total: int) -> Table:
+        """Return what is known of each task, column by column."""
+        table = Table(total)
+        for outcomes in self.segments():
+            table.add(outcomes)
+        return table
+
+    def state(self, index: int) -> State | None:
+        """Return a task's final state, or None while it has none."""
+        with self._changed:
+            found = self._find(index)
+        return STATE_OF_CODE[found[0].segment.states[found[1]]] if found else None
+
+
+def revive(info: ErrorInfo | None, index: int) -> BaseException:
+    """Bring a task's exception back as itself, with the remote traceback as its cause.
+
+    One that cannot be pickled and unpickled comes as a TaskError with its type, message and traceback.
+    """
+    if info is None:
+        return TaskError(f"task {index} has no outcome: it was cancelled or lost", index=index)
+    error: BaseException | None = None
+    if info.pickled:
+        try:
+            error = codec.loads(info.pickled)
+        except Exception as exc:  # whatever the user's exception does when it is unpickled
+            return _stand_in(info, index, f" (it cannot be unpickled here: {type(exc).__name__}: {exc})")
+    if not isinstance(error, BaseException):
+        return _stand_in(info, index, "")
+    if info.traceback:
+        error.__cause__ = RemoteTraceback(info.traceback)
+    return error
+
+
+def _stand_in(info: ErrorInfo, index: int, why: str) -> TaskError:
+    cls: type[TaskError] = getattr(errors, info.ours, TaskError)
+    message = info.message if info.ours != "TaskError" else f"{info.type_name}: {info.message}{why}"
+    error = cls(message, index=index, type_name=info.type_name, remote_traceback=info.traceback)
+    if info.traceback:
+        error.__cause__ = RemoteTraceback(info.traceback)
+    return error
+
+
+def _settle(future: Future[Any], index: int, value: Any) -> None:
+    if future.done():
+        return
+    if isinstance(value, Failure):
+        future.set_exception(revive(value.info, index))
+    else:
+        future.set_result(value)

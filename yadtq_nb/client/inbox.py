@@ -1,0 +1,209 @@
+"""The inbox: one thread of a queue's client that hears the news and fills the boards of the jobs it is asked to watch.
+
+The stream wakes, results decide: after a gap, a reconnect, or some seconds of silence, boards are compared with the
+outcomes that really lie in the workbench.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Final
+
+from yadtq_nb.client.board import Board
+from yadtq_nb.config import Config
+from yadtq_nb.errors import CodecError, JobError, JobIncompleteError, JobNotFoundError, WorkbenchError
+from yadtq_nb.workbench.jobs import JobRecord, JobStore, News, Stored
+
+log = logging.getLogger(__name__)
+
+#: Seconds of silence after which boards are compared with the workbench.
+_SILENCE: Final = 5.0
+#: Seconds between the signs of life of a client that is sending.
+_SENDING: Final = 3.0
+#: Seconds between tries while Redis is away.
+_PAUSE: Final = 0.2
+#: Seconds for which a job that the workbench does not know is still waited for: its first chunk may be on its way.
+_PATIENCE: Final = 30.0
+
+
+class Inbox:
+    """Watches jobs on behalf of one process."""
+
+    def __init__(self, config: Config, queue: str) -> None:
+        """Note where the news is now: whatever is sent after this is heard.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached.
+        """
+        self._news = JobStore(config, queue)
+        self._store = JobStore(config, queue)
+        self._boards: dict[str, Board] = {}
+        self._sending: set[str] = set()
+        self._unknown_since: dict[str, float] = {}
+        self._lock = threading.Lock()
+        self._closing = False
+        self._position = self._news.news_position()
+        self._thread = threading.Thread(target=self._run, name=f"yadtq-inbox-{queue}", daemon=True)
+        self._thread.start()
+
+    def watch(self, board: Board, *, known: bool) -> None:
+        """Fill a board until its job ends. known: the job may have outcomes already.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached.
+        """
+        with self._lock:
+            self._boards[board.job] = board
+        if known:
+            self._compare(board)
+
+    def want(self, board: Board) -> None:
+        """Fetch a board's outcomes from now on, those that were only told included.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached.
+        """
+        board.wanted = True
+        self.fetch(board)
+
+    def sending(self, job: str) -> None:
+        """Tell the queue now and then that this process still sends a job."""
+        self._store.say_sending(job)
+        with self._lock:
+            self._sending.add(job)
+
+    def sent(self, job: str) -> None:
+        """Stop telling so."""
+        with self._lock:
+            self._sending.discard(job)
+
+    def close(self) -> None:
+        """Stop listening; boards that wait hear nothing more."""
+        self._closing = True
+        self._thread.join()
+        self._news.close()
+        self._store.close()
+
+    def _run(self) -> None:
+        heard_at = said_at = time.monotonic()
+        while not self._closing:
+            try:
+                self._position, news, missed = self._news.wait_for_news(self._position, 0.5)
+                now = time.monotonic()
+                if news:
+                    self._hear(news)
+                    heard_at = now
+                if now - said_at > _SENDING:
+                    said_at = now
+                    self._say_sending()
+                if missed or now - heard_at > _SILENCE:
+                    heard_at = now
+                    self._catch_up()
+            except WorkbenchError as exc:
+                log.warning("news waits: %s", exc)
+                heard_at = 0.0
+                time.sleep(_PAUSE)
+
+    def _say_sending(self) -> None:
+        with self._lock:
+            sending = list(self._sending)
+        for job in sending:
+            self._store.say_sending(job)
+
+    def _hear(self, news: list[News]) -> None:
+        told: dict[str, Board] = {}
+        ended = []
+        for entry in news:
+            board = self._boards.get(entry.job)
+            if board is None:
+                continue
+            if entry.field and entry.frame is not None and board.wanted:
+                self._put(board, Stored(entry.field, entry.frame, b""))
+            elif entry.field:
+                board.tell(entry.field, entry.count)
+                told[entry.job] = board
+            if entry.ended:
+                ended.append(board)
+        for board in told.values():
+            if board.wanted:
+                self.fetch(board)
+        for board in ended:
+            self._end(board)
+
+    def fetch(self, board: Board) -> None:
+        """Fetch the outcomes that a board was told of.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached.
+        """
+        asked = list(board.told)
+        for stored in self._store.outcomes(board.job, asked):
+            self._put(board, stored)
+        board.give_up(asked)
+
+    def _put(self, board: Board, stored: Stored) -> None:
+        try:
+            board.put(stored)
+        except CodecError as exc:
+            self._end(board, JobError(f"outcomes of job {board.job} cannot be read: {exc}", job=board.job))
+
+    def _end(self, board: Board, failure: JobError | None = None) -> None:
+        with self._lock:
+            self._boards.pop(board.job, None)
+        board.end(failure)
+
+    # When the news cannot be trusted to be whole.
+
+    def _catch_up(self) -> None:
+        newest = self._news.news_position()
+        if _place(newest) < _place(self._position):
+            # Redis came back older, or empty.
+            self._position = newest
+        with self._lock:
+            boards = list(self._boards.values())
+        for board in boards:
+            self._compare(board)
+
+    def _compare(self, board: Board) -> None:
+        record = self._store.record(board.job)
+        for field in board.missing(self._store.fields(board.job)):
+            board.tell(field, 0)
+        if board.wanted:
+            self.fetch(board)
+        if record is None:
+            self._doubt(board)
+            return
+        self._unknown_since.pop(board.job, None)
+        board.done = max(board.done, record.done)
+        if record.ended is not None:
+            self._end(board)
+        elif is_incomplete(record) and record.done >= record.fed:
+            self._end(board, incomplete(record))
+
+    def _doubt(self, board: Board) -> None:
+        since = self._unknown_since.setdefault(board.job, time.monotonic())
+        with self._lock:
+            sending = board.job in self._sending
+        if not sending and time.monotonic() - since > _PATIENCE:
+            self._end(board, JobNotFoundError(f"the queue does not know job {board.job} any more", job=board.job))
+
+
+def is_incomplete(record: JobRecord) -> bool:
+    """Tell whether a job's client is gone before it had sent everything."""
+    return not record.sealed and not record.sending and record.now - record.created > _SENDING
+
+
+def incomplete(record: JobRecord) -> JobIncompleteError:
+    """Say from where a job's tasks are missing."""
+    return JobIncompleteError(
+        f"job {record.name!r} is incomplete: its client was gone before it had sent more than {record.fed} tasks; "
+        "their outcomes are kept (errors='skip', to_frame()), and the rest can be mapped anew",
+        job=record.name,
+    )
+
+
+def _place(position: str) -> tuple[int, int]:
+    milliseconds, _, sequence = position.partition("-")
+    return int(milliseconds), int(sequence or 0)

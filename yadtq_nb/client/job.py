@@ -1,0 +1,380 @@
+"""A job as the notebook holds it: a sequence of futures, all views on one board."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
+
+from yadtq_nb import codec
+from yadtq_nb.client.board import Board, Failure, revive
+from yadtq_nb.client.future import TaskFuture
+from yadtq_nb.client.inbox import Inbox, is_incomplete
+from yadtq_nb.errors import JobTimeoutError, YadtqError
+from yadtq_nb.model import CallStyle, JobState, Progress, State, WorkerView
+from yadtq_nb.workbench.jobs import JobRecord, JobStore
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from yadtq_nb.notebook.live import LiveCard
+
+#: What results() does with tasks that failed.
+Errors = Literal["raise", "return", "skip"]
+
+#: Seconds for which a lost node is still shown.
+_SHOW_LOST = 600.0
+
+
+class Link(Protocol):
+    """What a job needs of its queue's client."""
+
+    queue: str
+    store: JobStore
+    inbox: Inbox
+    key: bytes
+
+
+class Job(Sequence[Future[Any]]):
+    """The tasks of one map: a sequence of real concurrent.futures.Future, and more.
+
+    The job belongs to the queue, not to this process: another one finds it by queue.job(name).
+
+    Attributes:
+        id: what the queue knows it by.
+        name: what people know it by.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        board: Board,
+        *,
+        id: str,
+        name: str,
+        total: int | None,
+        style: CallStyle,
+        created: float,
+        parameters: Sequence[str] = (),
+    ) -> None:
+        self.id = id
+        self.name = name
+        self._link = link
+        self._board = board
+        self._total = total
+        self._style = style
+        self._created = created
+        self._parameters = parameters
+        self._live: LiveCard | None = None
+
+    # A sequence of futures.
+
+    def __len__(self) -> int:
+        """Return the number of tasks.
+
+        Raises:
+            TypeError: the iterator that it is made from is still being drawn.
+        """
+        total = self._known_total()
+        if total is None:
+            raise TypeError(f"job {self.name!r} is still drawing its iterator: its length is not known yet")
+        return total
+
+    @overload
+    def __getitem__(self, index: int) -> Future[Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Future[Any]]: ...
+    def __getitem__(self, index: int | slice) -> Future[Any] | list[Future[Any]]:
+        """Return the future of a task, or a list of them."""
+        if isinstance(index, slice):
+            return [self._future(i) for i in range(*index.indices(len(self)))]
+        total = self._known_total()
+        if index < 0:
+            index += len(self)
+        if index < 0 or (total is not None and index >= total):
+            raise IndexError(f"job {self.name!r} has {total} tasks, and no task {index}")
+        return self._future(index)
+
+    def __iter__(self) -> Iterator[Future[Any]]:
+        """Yield futures by index; while an iterator is being drawn, as it is drawn."""
+        index = 0
+        while self._has(index):
+            yield self._future(index)
+            index += 1
+
+    def _has(self, index: int) -> bool:
+        total = self._known_total()
+        if total is None:
+            self._board.wait(lambda: self._board.done > index or self._board.ended, None)
+            total = self._known_total()
+        return total is None or index < total
+
+    def _future(self, index: int) -> Future[Any]:
+        self.want()
+        return self._board.future(index, lambda index: TaskFuture(self, index))
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Job) and other.id == self.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    # Results.
+
+    def results(self, timeout: float | None = None, errors: Errors = "raise") -> list[Any]:
+        """Block until the results are there, and return them in order.
+
+        A task that failed stops no other: the job goes on when this raises, and when it is interrupted.
+
+        Args:
+            timeout: seconds to wait at most; None for no limit.
+            errors: "raise" raises the first failure in order, as soon as all before it are done; "return" puts
+                exceptions in their place; "skip" leaves failed tasks out.
+
+        Raises:
+            JobTimeoutError: not done in time.
+            JobIncompleteError: its client died while it was sending, and everything it had sent is done.
+            Exception: what the first failed task raised, with the worker's traceback as its cause.
+        """
+        if errors not in ("raise", "return", "skip"):
+            raise ValueError(f"errors must be 'raise', 'return' or 'skip', not {errors!r}")
+        board = self._board
+        self.want()
+        stop = (lambda: board.complete() or board.failed_in_order()) if errors == "raise" else board.complete
+        if not board.wait(stop, _deadline(timeout)):
+            raise JobTimeoutError(f"job {self.name!r} was not done within {timeout} s: {self}", job=self.name)
+        if errors != "raise" or not board.failed_in_order():
+            self._raise_failure(errors)
+        return self._collect(errors)
+
+    def _raise_failure(self, errors: Errors) -> None:
+        if self._board.failure is not None and errors != "skip":
+            raise self._board.failure
+
+    def _collect(self, errors: Errors) -> list[Any]:
+        total = self._known_total()
+        found = self._board.results(self._highest() if total is None else total)
+        if not any(type(value) is Failure for value in found):
+            return found
+        if errors == "skip":
+            return [value for value in found if not isinstance(value, Failure)]
+        if errors == "raise":
+            index = next(i for i, value in enumerate(found) if isinstance(value, Failure))
+            raise revive(found[index].info, index)
+        return [revive(v.info, i) if isinstance(v, Failure) else v for i, v in enumerate(found)]
+
+    def _highest(self) -> int:
+        return max((max(outcomes.indices(), default=-1) for outcomes in self._board.segments()), default=-1) + 1
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until every task has its outcome. False when that was not so within timeout seconds."""
+        return self._board.wait(lambda: self._board.ended, _deadline(timeout))
+
+    def as_completed(self) -> Completed:
+        """Return the futures in order of completion, for both `for` and `async for`."""
+        self.want()
+        return Completed(self._board, self._future)
+
+    def __await__(self) -> Generator[Any, None, list[Any]]:
+        """Wait without blocking the event loop, and give what results() gives."""
+        return self._await().__await__()
+
+    async def _await(self) -> list[Any]:
+        self.want()
+        arrived = 0
+        while not (self._board.complete() or self._board.failed_in_order()):
+            arrived = self._board.arrived()
+            await asyncio.wrap_future(self._board.when_arrived(arrived + 1))
+            if self._board.ended and not self._board.complete():
+                await asyncio.sleep(0.005)
+        return self.results(timeout=0)
+
+    def want(self) -> None:
+        """Have outcomes fetched as they come, and not just counted."""
+        if not self._board.wanted:
+            self._link.inbox.want(self._board)
+
+    # Where it stands.
+
+    @property
+    def state(self) -> JobState:
+        """State of the whole job."""
+        record = self._record()
+        if record is None or record.ended is None:
+            failed = self._board.failure is not None or (record is not None and is_incomplete(record))
+            return JobState.INCOMPLETE if failed else JobState.RUNNING
+        return JobState.FAILED if record.failed or record.cancelled else JobState.SUCCEEDED
+
+    @property
+    def progress(self) -> Progress:
+        """Counts of tasks by state, with rate and estimated time to the end."""
+        record = self._record()
+        if record is None:
+            total = self._total
+            return Progress(total or 0, 0, 0, 0, 0, total, 0.0, None, max(0.0, time.time() - self._created))
+        return _progress(record, self._total)
+
+    def task_state(self, index: int) -> State:
+        """Return a task's state, as far as this process has heard."""
+        return self._board.state(index) or State.QUEUED
+
+    def worker_views(self) -> list[WorkerView]:
+        """Return the nodes that serve the queue, and those that were lost lately."""
+        return [
+            view
+            for view in self._link.store.workers()
+            if view.status != "stopped" and (view.status != "lost" or view.heartbeat_age < _SHOW_LOST)
+        ]
+
+    def _record(self) -> JobRecord | None:
+        return self._link.store.record(self.id)
+
+    def _known_total(self) -> int | None:
+        if self._total is None:
+            record = self._record()
+            if record is not None and record.total >= 0:
+                self._total = record.total
+        return self._total
+
+    # As a table.
+
+    def to_frame(self) -> pd.DataFrame:
+        """Block until the job is done, and return one row for each task.
+
+        Columns: the item (`input`, or one column for each part of it), the value (`value`, or one column for each
+        part of it), `state`, `error`, `worker`, `started` (UTC), `seconds`, `attempt`; the index is the task's index.
+        """
+        from yadtq_nb.client import frame
+
+        self.want()
+        self._board.wait(self._board.complete, None)
+        total = self._known_total()
+        table = self._board.table(self._highest() if total is None else total)
+        items = self._inputs()
+        return frame.build_frame(
+            items if len(items) == len(table.states) else None,
+            [None if isinstance(value, Failure) else value for value in table.values],
+            table.states,
+            table.errors,
+            table.workers,
+            table.started,
+            table.seconds,
+            table.attempts,
+            style=self._style,
+            parameters=self._parameters,
+        )
+
+    def _inputs(self) -> list[Any]:
+        items: list[Any] = []
+        for record in self._link.store.inputs(self.id):
+            head, _, arguments = codec.decode_chunk(self._link.key, record)
+            if head.by_reference:
+                sealed = self._link.store.blob(f"{head.job}-{head.number}")
+                arguments = codec.unseal(self._link.key, codec.ARGUMENTS, sealed) if sealed else memoryview(b"")
+            items += codec.loads(arguments) if len(arguments) else [None] * head.count
+        return items
+
+    # How it looks.
+
+    def __repr__(self) -> str:
+        from yadtq_nb.notebook.snapshot import snapshot
+        from yadtq_nb.notebook.text import as_text
+
+        try:
+            return as_text(snapshot(self))
+        except YadtqError as exc:
+            return f"<Job {self.name!r}: {exc}>"
+
+    def __str__(self) -> str:
+        try:
+            p = self.progress
+        except YadtqError as exc:
+            return f"<Job {self.name!r}: {exc}>"
+        total = "?" if p.total is None else p.total
+        return f"<Job {self.name!r}: {p.succeeded} of {total} succeeded, {p.failed} failed, {p.running} running>"
+
+    def _ipython_display_(self) -> None:
+        from yadtq_nb.notebook.live import display_job
+
+        self._live = display_job(self, self._live)
+
+    def error_lines(self, limit: int) -> list[str]:
+        """Return a line for each of the first errors that have come to this process."""
+        infos = (info for outcomes in self._board.segments() for info in outcomes.segment.errors.values())
+        return [f"{info.type_name.rpartition('.')[2]}: {info.message}" for info in islice(infos, limit)]
+
+
+class Completed:
+    """Futures of a job in order of completion."""
+
+    def __init__(self, board: Board, future: Callable[[int], Future[Any]]) -> None:
+        self._board = board
+        self._future = future
+
+    def __iter__(self) -> Iterator[Future[Any]]:
+        board, place = self._board, 0
+        while True:
+            board.wait_for_arrival(place)
+            if board.arrived() <= place:
+                self._raise_failure()
+                return
+            yield from map(self._future, board.segment(place).indices())
+            place += 1
+
+    async def __aiter__(self) -> AsyncIterator[Future[Any]]:
+        board, place = self._board, 0
+        while True:
+            await asyncio.wrap_future(board.when_arrived(place + 1))
+            if board.arrived() <= place:
+                if not board.complete():
+                    await asyncio.sleep(0.005)
+                    continue
+                self._raise_failure()
+                return
+            for index in board.segment(place).indices():
+                yield self._future(index)
+            place += 1
+
+    def _raise_failure(self) -> None:
+        if self._board.failure is not None:
+            raise self._board.failure
+
+
+def attach(link: Link, record: JobRecord) -> Job:
+    """Return a job that is known to the queue, whoever has sent it."""
+    board = Board(record.id, link.key)
+    job = Job(
+        link,
+        board,
+        id=record.id,
+        name=record.name,
+        total=record.total if record.total >= 0 else None,
+        style=record.style,
+        created=record.created,
+        parameters=record.parameters,
+    )
+    link.inbox.watch(board, known=True)
+    return job
+
+
+def _progress(record: JobRecord, known_total: int | None) -> Progress:
+    total = record.total if record.total >= 0 else known_total
+    elapsed = max(0.0, (record.ended or record.now) - record.created)
+    rate = record.done / elapsed if elapsed > 0 else 0.0
+    left = None if total is None else total - record.done
+    running = min(record.running, left) if left is not None else record.running
+    queued = max(0, (left if left is not None else record.fed - record.done) - running)
+    eta = left / rate if left and rate > 0 else (0.0 if left == 0 else None)
+    return Progress(
+        queued, running, record.succeeded, record.failed, record.cancelled, total, round(rate, 3), eta, elapsed
+    )
+
+
+def _deadline(timeout: float | None) -> float | None:
+    return None if timeout is None else time.monotonic() + timeout

@@ -1,0 +1,187 @@
+"""The clients that one process has of one queue: a producer, connections to Redis, and the inbox's thread."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+from yadtq_nb import codec
+from yadtq_nb.backlog.connection import ensure_topics
+from yadtq_nb.backlog.publish import Publisher
+from yadtq_nb.client.board import Board
+from yadtq_nb.client.inbox import Inbox
+from yadtq_nb.client.job import Job
+from yadtq_nb.client.sender import Mailer, Packet, Sender
+from yadtq_nb.config import Config
+from yadtq_nb.errors import BacklogError, JobError, JobExistsError
+from yadtq_nb.model import CallStyle, Environment, new_id
+from yadtq_nb.workbench.jobs import JobStore
+
+
+class Link:
+    """Opened on first use; closed with the queue."""
+
+    def __init__(self, config: Config, queue: str) -> None:
+        """Connect.
+
+        Raises:
+            WorkbenchError, BacklogError: Redis or Kafka cannot be reached.
+        """
+        self.queue = queue
+        self.key = config.key
+        self.store = JobStore(config, queue)
+        self.inbox = Inbox(config, queue)
+        self._publisher = Publisher(config, queue, ensure_topics(config, queue))
+        self.mailer = Mailer(config, self.store, self._publisher)
+        self._senders: list[Sender] = []
+        self._pid = os.getpid()
+
+    def packet(
+        self, fn: Callable[..., Any], kwargs: dict[str, Any], style: CallStyle, name: str | None, where: Environment
+    ) -> Packet:
+        """Pickle a function, and give its job an id and a name.
+
+        Raises:
+            TypeError: the function cannot be pickled.
+        """
+        try:
+            function = b"".join(codec.dumps((fn, kwargs)))
+        except Exception as exc:  # whatever the user's closure does when it is pickled
+            raise TypeError(f"{function_name(fn)} cannot be sent to workers: {type(exc).__name__}: {exc}") from exc
+        job = new_id()
+        packet = Packet(
+            job=job,
+            name=name or f"{function_name(fn).rpartition('.')[2].strip('<>')}-{job[-5:]}",
+            function=function,
+            function_id=codec.content_hash(function),
+            function_name=function_name(fn),
+            style=style,
+            concurrent=_is_coroutine_function(fn),
+            environment=where,
+            created=time.time(),
+            parameters=_parameters(fn) if style != "item" else (),
+        )
+        if packet.by_blob:
+            self.mailer.keep_blob(codec.FUNCTION, packet.function_id, function)
+        return packet
+
+    def claim(self, packet: Packet, total: int | None) -> None:
+        """Make the job known to the queue, under its name.
+
+        Raises:
+            JobExistsError: the name is taken.
+            WorkbenchError: Redis cannot be reached.
+        """
+        manifest = packet.manifest(total, f"{socket.gethostname()}:{os.getpid()}")
+        holder = self.store.create(manifest)
+        if holder != packet.job:
+            raise JobExistsError(
+                f"queue {self.queue!r} has a job {packet.name!r} already (id {holder}): get it with "
+                f"queue.job({packet.name!r}), or choose another name",
+                job=packet.name,
+            )
+        self.mailer.send_entry(manifest)
+
+    def post(
+        self,
+        packet: Packet,
+        items: list[Any] | Iterator[Any],
+        total: int | None,
+        chunksize: int | None,
+        slots: Callable[[], int],
+    ) -> Job:
+        """Start sending a job, and return it."""
+        board, job = self._new_job(packet, total)
+        sender = Sender(
+            packet,
+            items,
+            total=total,
+            chunksize=chunksize,
+            mailer=self.mailer,
+            inbox=self.inbox,
+            store=self.store,
+            board=board,
+            slots=slots,
+        )
+        self._senders = [other for other in self._senders if not other.finished.is_set()]
+        self._senders.append(sender)
+        sender.start()
+        return job
+
+    def post_one(self, packet: Packet, item: Any) -> Job:
+        """Send a job of one task from this thread: its chunk says all there is to say of it."""
+        board, job = self._new_job(packet, 1)
+        board.wanted = True
+
+        def acknowledged(error: BacklogError | None, _partition: int, _offset: int) -> None:
+            if error is not None:
+                failure = JobError(f"job {packet.name!r} was not sent: {error}", job=packet.name)
+                failure.__cause__ = error
+                board.end(failure)
+
+        future: Future[Any] = job[0]
+        self.mailer.send(packet, 0, 0, [item], acknowledged, total=1)
+        self.mailer.ring()
+        assert future is job[0]
+        return job
+
+    def _new_job(self, packet: Packet, total: int | None) -> tuple[Board, Job]:
+        board = Board(packet.job, self.key)
+        job = Job(
+            self,
+            board,
+            id=packet.job,
+            name=packet.name,
+            total=total,
+            style=packet.style,
+            created=packet.created,
+            parameters=packet.parameters,
+        )
+        self.inbox.watch(board, known=False)
+        return board, job
+
+    def finish_sending(self, timeout: float) -> None:
+        """Wait for jobs whose input has an end to be sent, and for Kafka to have everything."""
+        if os.getpid() != self._pid:
+            return
+        deadline = time.monotonic() + timeout
+        for sender in self._senders:
+            if sender.bounded:
+                sender.finished.wait(max(0.0, deadline - time.monotonic()))
+        self._publisher.flush(max(0.1, deadline - time.monotonic()))
+
+    def close(self) -> None:
+        """Send what is being sent, and close."""
+        self.finish_sending(60.0)
+        self._publisher.close()
+        self.inbox.close()
+        self.store.close()
+
+
+def function_name(fn: Callable[..., Any]) -> str:
+    """Return a name to show for anything that can be called."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    name = getattr(fn, "__qualname__", None) or type(fn).__qualname__
+    return name.rpartition("<locals>.")[2]
+
+
+def _is_coroutine_function(fn: Callable[..., Any]) -> bool:
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None))  # noqa: B004  # an object whose __call__ is a coroutine function
+
+
+def _parameters(fn: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of a function's positional parameters, as far as they can be told."""
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))

@@ -1,0 +1,316 @@
+"""The queue: the one object that a notebook makes."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from yadtq_nb import codec
+from yadtq_nb import config as configuration
+from yadtq_nb.client.job import Job
+from yadtq_nb.config import Config
+from yadtq_nb.errors import ConfigError, JobNotFoundError
+from yadtq_nb.model import CallStyle, Environment
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from yadtq_nb.client.link import Link
+
+#: Seconds that interpreter exit waits for what is being sent.
+_EXIT: Final = 60.0
+#: Seconds for which the number of slots is taken as known.
+_SLOTS_KNOWN: Final = 2.0
+
+ChunkSize = int | Literal["auto"]
+
+
+class Queue:
+    """A named line of work, served by workers anywhere.
+
+    With nothing given and nothing configured, a local stack on this machine serves it, and is started when needed.
+
+        queue = Queue()
+        job = queue.map(simulate, params, name="sweep")
+        job.to_frame()
+
+    A Queue can be pickled and used inside a task; in a forked process it opens clients of its own.
+    """
+
+    def __init__(
+        self,
+        name: str = "default",
+        *,
+        kafka: str | None = None,
+        redis: str | None = None,
+        secret: str | None = None,
+        config: Config | None = None,
+    ) -> None:
+        """Name the queue and, if need be, its servers.
+
+        Args:
+            name: letters, digits, dots, dashes and underscores.
+            kafka: bootstrap servers, host:port with commas between; else YADTQ_KAFKA, else yadtq.toml.
+            redis: URL; else YADTQ_REDIS, else yadtq.toml.
+            secret: what chunks and results are signed with; else YADTQ_SECRET, else yadtq.toml.
+            config: all settings at once.
+
+        Raises:
+            ConfigError: a setting is missing or wrong.
+            LocalStackError: the local stack cannot be started.
+        """
+        if not name or len(name) > 100 or not set(name) <= _NAME_CHARACTERS:
+            raise ConfigError(f"queue name {name!r}: use 1 to 100 letters, digits, dots, dashes and underscores")
+        self.name = name
+        self._given = config or configuration.load(kafka=kafka, redis=redis, secret=secret)
+        self._lock = threading.Lock()
+        self._opened: tuple[int, Config, Link] | None = None
+        self._slots_seen = (0.0, 1)
+        if self._given is None:
+            self._settings()
+
+    # Sending.
+
+    def map(
+        self,
+        fn: Callable[..., Any],
+        /,
+        *iterables: Iterable[Any],
+        name: str | None = None,
+        kwargs: dict[str, Any] | None = None,
+        chunksize: ChunkSize = "auto",
+    ) -> Job:
+        """Call fn on each item, on the workers. Returns at once.
+
+        Args:
+            fn: a function, a coroutine function, or anything that can be called.
+            iterables: as for the builtin map: the shortest one ends it. Sized ones are sent whole; an iterator is
+                drawn as fast as its tasks are done.
+            name: of the job; made from fn's name when not given.
+            kwargs: keyword arguments that are the same for every call.
+            chunksize: tasks that travel together; measured by default.
+
+        Raises:
+            JobExistsError: the name is taken.
+            WorkbenchError, BacklogError: Redis or Kafka cannot be reached.
+        """
+        if not iterables:
+            raise TypeError("map() needs at least one iterable beside the function")
+        items = iterables[0] if len(iterables) == 1 else _zipped(iterables)
+        style: CallStyle = "item" if len(iterables) == 1 else "star"
+        return self._send(fn, items, style, name=name, kwargs=kwargs, chunksize=chunksize)
+
+    def starmap(
+        self,
+        fn: Callable[..., Any],
+        iterable: Iterable[Iterable[Any]],
+        /,
+        *,
+        name: str | None = None,
+        kwargs: dict[str, Any] | None = None,
+        chunksize: ChunkSize = "auto",
+    ) -> Job:
+        """Call fn(*item) for each item, on the workers. Returns at once; see map."""
+        return self._send(fn, iterable, "star", name=name, kwargs=kwargs, chunksize=chunksize)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call fn(*args, **kwargs) on a worker. Returns its future at once.
+
+        Everything is passed to fn; options go through queue.options(name=...).submit(fn, ...).
+        """
+        return self._submit(fn, args, kwargs, None)
+
+    def options(self, *, name: str | None = None, chunksize: ChunkSize = "auto") -> Options:
+        """Return a view of this queue on which map, starmap and submit use these options."""
+        return Options(self, name=name, chunksize=chunksize)
+
+    def _submit(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], name: str | None) -> Any:
+        link = self._link()
+        packet = link.packet(fn, {}, "call", name, _environment(fn, link))
+        if name is not None:
+            link.claim(packet, 1)
+        return link.post_one(packet, (args, kwargs))[0]
+
+    def _send(
+        self,
+        fn: Callable[..., Any],
+        iterable: Iterable[Any],
+        style: CallStyle,
+        *,
+        name: str | None,
+        kwargs: dict[str, Any] | None,
+        chunksize: ChunkSize,
+    ) -> Job:
+        if not callable(fn):
+            raise TypeError(f"the first argument must be callable, not {type(fn).__name__}")
+        if chunksize != "auto" and (not isinstance(chunksize, int) or chunksize < 1):
+            raise ValueError(f"chunksize must be 'auto' or at least 1, not {chunksize!r}")
+        # A copy, so that what the caller does to the list afterwards changes nothing.
+        items = list(iterable) if isinstance(iterable, Sized) else iter(iterable)
+        total = len(items) if isinstance(items, list) else None
+        link = self._link()
+        packet = link.packet(fn, kwargs or {}, style, name, _environment(fn, link, items))
+        link.claim(packet, total)
+        return link.post(packet, items, total, None if chunksize == "auto" else chunksize, self._slots)
+
+    # Finding.
+
+    def job(self, name_or_id: str) -> Job:
+        """Return a job of this queue, whoever has sent it.
+
+        Raises:
+            JobNotFoundError: the queue knows no such job.
+            WorkbenchError: Redis cannot be reached.
+        """
+        from yadtq_nb.client.job import attach
+
+        link = self._link()
+        found = link.store.find(name_or_id)
+        record = link.store.record(found) if found else None
+        if record is None:
+            raise JobNotFoundError(
+                f"queue {self.name!r} knows no job {name_or_id!r}; queue.jobs() lists those that it knows",
+                job=name_or_id,
+            )
+        return attach(link, record)
+
+    def jobs(self) -> pd.DataFrame:
+        """Return the jobs of this queue, newest first: counts, bytes kept, and when each expires.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached.
+        """
+        from yadtq_nb.client import tables
+
+        return tables.jobs(self._link().store.records())
+
+    def workers(self) -> pd.DataFrame:
+        """Return the nodes that serve this queue, and those that were seen within the last day.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached.
+        """
+        from yadtq_nb.client import tables
+
+        return tables.workers(self._link().store.workers())
+
+    # Clients.
+
+    def close(self) -> None:
+        """Close this process's clients of the queue; jobs go on."""
+        with self._lock:
+            opened, self._opened = self._opened, None
+        if opened is not None and opened[0] == os.getpid():
+            opened[2].close()
+
+    def __enter__(self) -> Queue:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.name, self._settings())
+
+    def __repr__(self) -> str:
+        where = "the local stack" if self._given is None else self._given.kafka
+        return f"<Queue {self.name!r} on {where}>"
+
+    def _settings(self) -> Config:
+        """Return where the servers are; the local stack is started if it is not up."""
+        if self._given is not None:
+            return self._given
+        from yadtq_nb import local
+
+        return local.ensure_up(self.name)
+
+    def _link(self) -> Link:
+        """Return this process's clients, opened on first use, and anew after a fork or when the servers have moved."""
+        from yadtq_nb.client.link import Link
+
+        config = self._settings()
+        with self._lock:
+            if self._opened is not None and self._opened[:2] == (os.getpid(), config):
+                return self._opened[2]
+            link = Link(config, self.name)
+            self._opened = (os.getpid(), config, link)
+        _open_links.add(link)
+        return link
+
+    def _slots(self) -> int:
+        """Return how many slots serve this queue, at least 1."""
+        seen, slots = self._slots_seen
+        if time.monotonic() - seen > _SLOTS_KNOWN:
+            views = self._link().store.workers()
+            slots = sum(view.info.slots for view in views if view.status == "live")
+            self._slots_seen = (time.monotonic(), slots)
+        return max(1, slots)
+
+
+class Options:
+    """A queue with options for what is sent through it."""
+
+    def __init__(self, queue: Queue, *, name: str | None, chunksize: ChunkSize) -> None:
+        self._queue = queue
+        self._name = name
+        self._chunksize = chunksize
+
+    def map(self, fn: Callable[..., Any], /, *iterables: Iterable[Any], kwargs: dict[str, Any] | None = None) -> Job:
+        """See Queue.map."""
+        return self._queue.map(fn, *iterables, name=self._name, kwargs=kwargs, chunksize=self._chunksize)
+
+    def starmap(
+        self, fn: Callable[..., Any], iterable: Iterable[Iterable[Any]], /, *, kwargs: dict[str, Any] | None = None
+    ) -> Job:
+        """See Queue.starmap."""
+        return self._queue.starmap(fn, iterable, name=self._name, kwargs=kwargs, chunksize=self._chunksize)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """See Queue.submit."""
+        return self._queue._submit(fn, args, kwargs, self._name)  # options are a part of the queue
+
+
+_NAME_CHARACTERS: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+_open_links: weakref.WeakSet[Link] = weakref.WeakSet()
+
+
+def _zipped(iterables: tuple[Iterable[Any], ...]) -> Iterable[Any]:
+    """Zip as map does; the result has a length when all have one."""
+    zipped = zip(*iterables, strict=False)
+    return list(zipped) if all(isinstance(iterable, Sized) for iterable in iterables) else zipped
+
+
+def _environment(fn: Callable[..., Any], link: Link, items: list[Any] | Iterator[Any] | None = None) -> Environment:
+    from yadtq_nb import source
+
+    cwd = os.getcwd()
+    tree = source.collect(fn, items)
+    if tree is not None:
+        link.mailer.keep_blob(codec.TREE, tree.hash, tree.archive)
+    return Environment(
+        cwd=cwd,
+        path=tuple(entry or cwd for entry in sys.path),
+        host=socket.gethostname(),
+        tree=tree.hash if tree else "",
+        tree_root=str(tree.root) if tree else "",
+        python=f"{sys.version_info.major}.{sys.version_info.minor}",
+    )
+
+
+def _rebuild(name: str, config: Config) -> Queue:
+    return Queue(name, config=config)
+
+
+@atexit.register
+def _wait_for_senders() -> None:
+    """Let what is being sent get out: a script that ends right after map() must not lose its job."""
+    deadline = time.monotonic() + _EXIT
+    for link in list(_open_links):
+        link.finish_sending(max(0.0, deadline - time.monotonic()))

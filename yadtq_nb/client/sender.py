@@ -1,0 +1,323 @@
+"""Sending a job: its items become chunks, and the chunks records in Kafka, in a thread beside the notebook.
+
+manifest ─▶ a few tasks alone ─▶ (measure) ─▶ chunks … ─▶ seal
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from yadtq_nb import codec, journal
+from yadtq_nb.backlog.publish import MAX_RECORD, Publisher
+from yadtq_nb.client import planner
+from yadtq_nb.client.board import Board
+from yadtq_nb.client.inbox import Inbox
+from yadtq_nb.config import Config
+from yadtq_nb.errors import BacklogError, JobError, WorkbenchError, YadtqError
+from yadtq_nb.model import BrokenItem, CallStyle, ChunkHead, Environment, Manifest, Seal
+from yadtq_nb.workbench.jobs import JobStore
+
+log = logging.getLogger(__name__)
+
+#: Functions up to this size travel in every chunk, larger ones once; in bytes.
+_INLINE_FUNCTION: Final = 16 * 1024
+#: Seconds after which feeders are rung for again: less than they stay awake.
+_RING_AGAIN: Final = 0.4
+#: Seconds to wait for the broker to take everything.
+_FLUSH: Final = 120.0
+
+
+class Packet(msgspec.Struct, frozen=True):
+    """What all chunks of a job have in common."""
+
+    job: str
+    name: str
+    #: The pickle of the function and its fixed keyword arguments.
+    function: bytes
+    #: Its content hash.
+    function_id: str
+    function_name: str
+    style: CallStyle
+    concurrent: bool
+    environment: Environment
+    created: float
+    #: Names of the function's parameters.
+    parameters: tuple[str, ...] = ()
+
+    def manifest(self, total: int | None, client: str) -> Manifest:
+        """Return what the queue is told before the first chunk."""
+        return Manifest(
+            id=self.job,
+            name=self.name,
+            function_name=self.function_name,
+            created=self.created,
+            total=-1 if total is None else total,
+            style=self.style,
+            client=client,
+            parameters=self.parameters,
+        )
+
+    def head(self, number: int, first: int, count: int, *, total: int = -1, by_reference: bool = False) -> ChunkHead:
+        """Return the head of one chunk."""
+        return ChunkHead(
+            job=self.job,
+            number=number,
+            first=first,
+            count=count,
+            function=self.function_id,
+            function_name=self.function_name,
+            function_size=0 if self.by_blob else len(self.function),
+            style=self.style,
+            concurrent=self.concurrent,
+            environment=self.environment,
+            job_name=self.name,
+            total=total,
+            created=self.created,
+            by_reference=by_reference,
+        )
+
+    @property
+    def by_blob(self) -> bool:
+        """Whether the function travels beside the chunks."""
+        return len(self.function) > _INLINE_FUNCTION
+
+
+class Mailer:
+    """Makes records of chunks and hands them to the publisher. Shared by all jobs of a queue's client."""
+
+    def __init__(self, config: Config, store: JobStore, publisher: Publisher) -> None:
+        self._config = config
+        self._store = store
+        self._publisher = publisher
+        self._kept: set[str] = set()
+        self._rung_at = 0.0
+
+    def keep_blob(self, kind: bytes, name: str, data: bytes) -> None:
+        """Put a function or source tree where nodes find it: the workbench, and the jobs topic for when that is lost.
+
+        Raises:
+            WorkbenchError, BacklogError: a server cannot be reached.
+        """
+        sealed = codec.seal(self._config.key, kind, data)
+        if self._store.put_blob(name, sealed) or name not in self._kept:
+            key, value = journal.encode(self._config.key, journal.Blob(name, sealed))
+            if len(value) <= MAX_RECORD:
+                self._publisher.send_job(key, value)
+            self._kept.add(name)
+
+    def send(
+        self,
+        packet: Packet,
+        number: int,
+        first: int,
+        items: Sequence[Any],
+        acknowledged: Callable[[BacklogError | None, int, int], None] | None,
+        *,
+        total: int = -1,
+    ) -> tuple[int, int]:
+        """Send items as one chunk, or as several when they are too large together.
+
+        Returns:
+            The number of chunks that were sent, and the bytes of their arguments.
+
+        Raises:
+            WorkbenchError, BacklogError: a server cannot be reached, or is full.
+        """
+        arguments = _pickle_items(items, first)
+        size = sum(map(len, arguments))
+        if size > MAX_RECORD // 2 and len(items) > 1:
+            half = len(items) // 2
+            sent, _ = self.send(packet, number, first, items[:half], acknowledged)
+            more, _ = self.send(packet, number + sent, first + half, items[half:], acknowledged)
+            return sent + more, size
+        by_reference = size > MAX_RECORD - 2 * _INLINE_FUNCTION
+        head = packet.head(number, first, len(items), total=total, by_reference=by_reference)
+        if by_reference:
+            sealed = codec.seal(self._config.key, codec.ARGUMENTS, *arguments)
+            self._store.put_blob(f"{packet.job}-{number}", sealed)
+            arguments = []
+        function = b"" if packet.by_blob else packet.function
+        self._publisher.send_chunk(codec.encode_chunk(self._config.key, head, function, arguments), acknowledged)
+        return 1, size
+
+    def send_entry(self, entry: Manifest | Seal) -> None:
+        """Write an entry to the jobs topic."""
+        self._publisher.send_job(*journal.encode(self._config.key, entry))
+
+    def ring(self) -> None:
+        """Wake feeders that do not wait at Kafka; once awake they stay so for a while."""
+        now = time.monotonic()
+        if self._config.reading == "wake" and now - self._rung_at > _RING_AGAIN:
+            self._rung_at = now
+            self._store.ring()
+
+    def flush(self) -> bool:
+        """Wait until Kafka has taken everything."""
+        return self._publisher.flush(_FLUSH)
+
+    @property
+    def topic_id(self) -> str:
+        """The life of the tasks topic that is written to."""
+        return self._publisher.topic.id
+
+
+class Sender:
+    """Sends one job, in a thread of its own."""
+
+    def __init__(
+        self,
+        packet: Packet,
+        items: Sequence[Any] | Iterator[Any],
+        *,
+        total: int | None,
+        chunksize: int | None,
+        mailer: Mailer,
+        inbox: Inbox,
+        store: JobStore,
+        board: Board,
+        slots: Callable[[], int],
+    ) -> None:
+        self._packet = packet
+        self._items = iter(items)
+        self._known_total = total
+        self._chunksize = chunksize
+        self._mailer = mailer
+        self._inbox = inbox
+        self._store = store
+        self._board = board
+        self._slots = slots
+        self._number = 0
+        self._sent = 0
+        self._bytes = 0
+        self._ends: dict[int, int] = {}
+        self._refused: BacklogError | None = None
+        #: True once the queue has everything, or never will.
+        self.finished = threading.Event()
+        #: True when the input has an end that is known: then interpreter exit waits for it.
+        self.bounded = total is not None
+        self._thread = threading.Thread(target=self._run, name=f"yadtq-sender-{packet.name}", daemon=True)
+
+    def start(self) -> None:
+        """Start sending."""
+        self._inbox.sending(self._packet.job)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._send_all()
+            self._seal()
+        except YadtqError as exc:
+            self._give_up(exc)
+        except Exception as exc:  # the user's iterator raised
+            self._give_up(exc)
+        finally:
+            self._inbox.sent(self._packet.job)
+            self.finished.set()
+
+    def _give_up(self, exc: Exception) -> None:
+        log.warning("job %s was not sent whole: %s", self._packet.name, exc)
+        failure = JobError(
+            f"job {self._packet.name!r} was sent only up to item {self._sent}: {type(exc).__name__}: {exc}",
+            job=self._packet.name,
+        )
+        failure.__cause__ = exc
+        self._board.end(failure)
+        try:
+            self._store.stop_sending(self._packet.job)
+        except WorkbenchError:
+            log.warning("the queue will see by itself that job %s is incomplete", self._packet.name)
+
+    def _send_all(self) -> None:
+        if self._chunksize is not None:
+            measured = planner.Measured(None, 0.0, self._slots())
+            self._send_rest(lambda: self._chunksize or 1, 4 * self._chunksize * max(1, measured.slots))
+            return
+        slots = self._slots()
+        probes = planner.probes(self._known_total or slots, slots)
+        for item in itertools.islice(self._items, probes):
+            self._send([item])
+        if self._sent == self._known_total or self._sent < probes:
+            return
+        measured = self._measure(slots)
+        left = None if self._known_total is None else self._known_total - self._sent
+        size = planner.chunk_size(left, measured)
+        self._send_rest(lambda: size, planner.window(measured))
+
+    def _send_rest(self, size: Callable[[], int], window: int) -> None:
+        while items := list(itertools.islice(self._items, size())):
+            self._send(items)
+            if self._known_total is None:
+                self._wait_for_room(window)
+
+    def _send(self, items: Sequence[Any]) -> None:
+        if self._refused is not None:
+            raise self._refused
+        chunks, size = self._mailer.send(self._packet, self._number, self._sent, items, self._acknowledge)
+        first_chunk = self._number == 0
+        self._number += chunks
+        self._sent += len(items)
+        self._bytes += size
+        if first_chunk or self._number % 64 == 0:
+            self._mailer.ring()
+
+    def _measure(self, slots: int) -> planner.Measured:
+        """Wait a moment for the first outcomes; what they took is what the others will take."""
+        self._mailer.ring()
+        board = self._board
+        sent = self._sent
+        board.wait(lambda: board.done >= sent or board.ended, time.monotonic() + planner.PATIENCE)
+        seconds = None
+        if board.done:
+            self._inbox.fetch(board)
+            taken = [s for outcomes in board.segments() for s in memoryview(outcomes.segment.seconds).cast("d")]
+            seconds = sum(taken) / len(taken) if taken else None
+        return planner.Measured(seconds, self._bytes / max(1, sent), slots, self._packet.concurrent)
+
+    def _wait_for_room(self, window: int) -> None:
+        """Draw from an iterator only as fast as its tasks are done."""
+        board, limit = self._board, self._sent - window
+        if board.done < limit:
+            self._mailer.ring()
+            board.wait(lambda: board.done >= limit or board.ended, None)
+
+    def _acknowledge(self, error: BacklogError | None, partition: int, offset: int) -> None:
+        if error is not None:
+            self._refused = error
+        else:
+            self._ends[partition] = max(self._ends.get(partition, 0), offset + 1)
+
+    def _seal(self) -> None:
+        self._mailer.ring()
+        if not self._mailer.flush():
+            raise BacklogError("Kafka has not taken all records in time; is the broker up?")
+        if self._refused is not None:
+            raise self._refused
+        ends = {f"{self._mailer.topic_id}/{partition}": end for partition, end in self._ends.items()}
+        seal = Seal(self._packet.job, self._sent, ends)
+        self._mailer.send_entry(seal)
+        self._store.seal(seal)
+        self._store.stop_sending(self._packet.job)
+        self._mailer.flush()
+
+
+def _pickle_items(items: Sequence[Any], first: int) -> list[codec.Buffer]:
+    """Pickle items together; one that cannot be pickled is replaced by what its task will fail with."""
+    try:
+        return codec.dumps(list(items))
+    except Exception:  # whatever the user's objects do when they are pickled
+        return codec.dumps([_checked(item, first + n) for n, item in enumerate(items)])
+
+
+def _checked(item: Any, index: int) -> Any:
+    try:
+        codec.dumps(item)
+    except Exception as exc:  # whatever the user's object does when it is pickled
+        return BrokenItem(index, f"item {index} cannot be pickled: {type(exc).__name__}: {exc}")
+    return item

@@ -1,0 +1,66 @@
+"""Jobs and workers as DataFrames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from yadtq_nb.client.inbox import is_incomplete
+from yadtq_nb.model import JobState, WorkerView
+from yadtq_nb.workbench.jobs import JobRecord
+
+
+def jobs(records: Sequence[JobRecord]) -> pd.DataFrame:
+    """Return one row a job, indexed by name: counts of tasks, bytes kept, times in UTC."""
+    return pd.DataFrame(
+        {
+            "id": [r.id for r in records],
+            "function": [r.function_name for r in records],
+            "state": [str(job_state(r)) for r in records],
+            "total": pd.array([r.total if r.total >= 0 else None for r in records], dtype="Int64"),
+            "queued": [max(0, max(r.total, r.fed) - r.done - r.running) for r in records],
+            "running": [r.running for r in records],
+            "succeeded": [r.succeeded for r in records],
+            "failed": [r.failed for r in records],
+            "cancelled": [r.cancelled for r in records],
+            "created": _times([r.created for r in records]),
+            "ended": _times([r.ended for r in records]),
+            "bytes": [r.bytes for r in records],
+            "expires": _times([r.now + r.expires if r.expires >= 0 else None for r in records]),
+        },
+        index=pd.Index([r.name for r in records], name="job", dtype=object),
+    )
+
+
+def workers(views: Sequence[WorkerView]) -> pd.DataFrame:
+    """Return one row a node, indexed by id: status, slots, heartbeat, load; times in UTC, ages in seconds."""
+    infos = [view.info for view in views]
+    return pd.DataFrame(
+        {
+            "host": [i.host for i in infos],
+            "pid": [i.pid for i in infos],
+            "status": [view.status for view in views],
+            "slots": [i.slots for i in infos],
+            "busy": [i.busy for i in infos],
+            "done": [i.done for i in infos],
+            "heartbeat_age": [round(view.heartbeat_age, 3) for view in views],
+            "last_heartbeat": _times([view.last_heartbeat for view in views]),
+            "started": _times([i.started for i in infos]),
+            "cpu": [i.cpu for i in infos],
+            "memory": [i.memory for i in infos],
+            "python": [i.python for i in infos],
+        },
+        index=pd.Index([i.id for i in infos], name="worker", dtype=object),
+    )
+
+
+def job_state(record: JobRecord) -> JobState:
+    """Return the state of a whole job."""
+    if record.ended is not None:
+        return JobState.FAILED if record.failed or record.cancelled else JobState.SUCCEEDED
+    return JobState.INCOMPLETE if is_incomplete(record) else JobState.RUNNING
+
+
+def _times(seconds: Sequence[float | None]) -> pd.Series:  # type: ignore[type-arg]  # generic in the stubs only
+    return pd.to_datetime(pd.Series(seconds, dtype="float64"), unit="s", utc=True).to_numpy()

@@ -1,0 +1,217 @@
+"""How a job is displayed, and kept up to date until it ends.
+
+    cell:    display_job ── one bundle: widget, HTML, text ──▶ the cell's output
+    thread:  snapshot three times a second ── traits, changes only ──▶ the widget in it
+             the end ── update of the same display: HTML and text ──▶ what is saved
+
+At its end the display loses its widget: opened again without a kernel, JupyterLab would show "model not found" in
+the widget's place and hide the HTML behind it.
+
+nbclient listens only to messages that belong to the cell it is executing: whatever comes between two cells, it drops.
+So a cell that has waited for the job does not end before the card has, and an end that came between two cells is sent
+once more in the next one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextvars
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any, Final
+
+from yadtq_nb.errors import YadtqError
+from yadtq_nb.notebook.card import Card, live_bundle, parts, static_bundle
+from yadtq_nb.notebook.snapshot import JobLike, Snapshot, plain, snapshot
+
+#: Seconds between two looks at the job.
+INTERVAL: Final = 1 / 3
+#: Seconds after which a part is sent though nothing but its clocks has changed: it is also the card's sign of life.
+_CLOCKS: Final = 1.0
+#: Seconds that a cell which has waited for the job waits for the card.
+_CELL_PATIENCE: Final = 1.0
+#: What changes by the mere passing of time.
+_CLOCK_KEYS: Final = frozenset({"rate", "eta", "elapsed", "age"})
+
+
+def display_job(job: JobLike, earlier: LiveCard | None = None) -> LiveCard | None:
+    """Display a job in the current cell and return at once.
+
+    Args:
+        job: the job.
+        earlier: what this function returned for the same job before; if it is still live, it gets a second view
+            instead of a second thread.
+
+    Returns:
+        The live card, or None when there is nothing to keep up to date: the job has ended, or this is a terminal.
+    """
+    shown = snapshot(job)
+    if shown["ended"] or not _in_kernel():
+        _publish(static_bundle(shown), {}, uuid.uuid4().hex)
+        return None
+    live = earlier if earlier is not None and earlier.is_alive() else LiveCard(job, shown)
+    live.show()
+    return live
+
+
+class LiveCard:
+    """Keeps the card of a running job up to date, from a thread that ends with the job."""
+
+    def __init__(self, job: JobLike, shown: Snapshot) -> None:
+        self._job = job
+        self._shown = shown
+        self._card = Card(**parts(shown))
+        self._sent = dict.fromkeys(parts(shown), time.monotonic())
+        self._displays: list[str] = []
+        self._stop = threading.Event()
+        self._ended = threading.Event()
+        #: Held while the end is sent or a cell ends, so that each knows of the other.
+        self._lock = threading.Lock()
+        self._in_cell = True
+        self._repeat = False
+        self._thread = threading.Thread(target=self._run, name=f"yadtq-card-{shown['id']}", daemon=True)
+
+    def show(self) -> None:
+        """Display the card in the current cell; the first time, start the thread."""
+        display_id = uuid.uuid4().hex
+        with self._lock:
+            self._displays.append(display_id)
+        data, metadata = live_bundle(self._shown, self._card)
+        _publish(data, metadata, display_id)
+        if self._thread.ident is None:
+            self._start()
+
+    def is_alive(self) -> bool:
+        """Whether the card is still kept up to date."""
+        return self._thread.is_alive() and not self._stop.is_set()
+
+    def stop(self, timeout: float = 2.0) -> None:
+        """End the thread, at most a look later; the display stays as it is. It may be called twice."""
+        self._stop.set()
+        self._watch_cells(False)
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+
+    def _start(self) -> None:
+        self._watch_cells(True)
+        self._card.comm.on_close(lambda _message: self._stop.set())
+        # A daemon thread that sends while the interpreter is torn down may bring it down with a crash.
+        atexit.register(self.stop)
+        # With no context of its own, ipykernel takes a thread's messages for those of the cell that runs now. A
+        # thread that inherits the context of this cell, as in newer Pythons, would go on sending for a cell long over.
+        contextvars.Context().run(self._thread.start)
+
+    def _run(self) -> None:
+        told = False
+        while not self._stop.is_set() and self._card.comm is not None:
+            self._look()
+            if self._shown["ended"]:
+                self._end()
+                break
+            # A job that says it has ended, but does not show it yet, must not make a busy loop.
+            told = self._stop.wait(INTERVAL) if told or self._shown["note"] else self._pause()
+        atexit.unregister(self.stop)
+
+    def _look(self) -> None:
+        try:
+            shown = snapshot(self._job)
+        except Exception as error:  # printed from a thread it would stand under some other cell
+            shown = self._shown.copy()
+            shown["note"] = f"the job cannot be read now: {plain(error)}"
+        self._send(shown)
+        self._shown = shown
+
+    def _pause(self) -> bool:
+        """Wait for the next look, or less if the job ends: return whether it says so."""
+        try:
+            return self._job.wait(INTERVAL)
+        except YadtqError:
+            # The next look meets the same error, and the card says it.
+            return True
+
+    def _send(self, shown: Snapshot) -> None:
+        """Send the parts that have changed, and those whose clocks are due."""
+        now, before = time.monotonic(), parts(self._shown)
+        with self._card.hold_sync():
+            for name, part in parts(shown).items():
+                due = shown["ended"] or now - self._sent[name] >= _CLOCKS
+                if due or without_clocks(part) != without_clocks(before[name]):
+                    self._card.set_trait(name, part)
+                    self._sent[name] = now
+
+    def _end(self) -> None:
+        with self._lock:
+            self._show_end()
+            self._repeat = not self._in_cell
+        self._ended.set()
+
+    def _show_end(self) -> None:
+        for display_id in self._displays:
+            _publish(static_bundle(self._shown), {}, display_id, update=True)
+
+    def _watch_cells(self, on: bool) -> None:
+        events = getattr(_shell(), "events", None)
+        if events is None:
+            return
+        for name, callback in (("pre_run_cell", self._cell_begins), ("post_run_cell", self._cell_ends)):
+            if on:
+                events.register(name, callback)
+            elif callback in events.callbacks[name]:
+                events.unregister(name, callback)
+
+    def _cell_begins(self, *_: object) -> None:
+        with self._lock:
+            self._in_cell = True
+            if not self._repeat:
+                return
+            self._repeat = False
+            self._card.send_state(list(parts(self._shown)))
+            self._show_end()
+        self._retire()
+
+    def _cell_ends(self, *_: object) -> None:
+        if self.is_alive() and self._job_has_ended():
+            self._ended.wait(_CELL_PATIENCE)
+        with self._lock:
+            self._in_cell = False
+            over = not self._thread.is_alive() or self._ended.is_set()
+        if over and not self._repeat:
+            self._retire()
+
+    def _job_has_ended(self) -> bool:
+        try:
+            return self._job.wait(0)
+        except YadtqError:
+            return False
+
+    def _retire(self) -> None:
+        """Let go of everything: the display holds no widget any more."""
+        self._watch_cells(False)
+        # A widget brings a layout, which is a model of its own, and ipywidgets keeps both until they are closed.
+        self._card.layout.close()
+        self._card.close()
+
+
+def without_clocks(value: Any) -> Any:
+    """Return a part of a snapshot without what changes by the mere passing of time."""
+    if isinstance(value, dict):
+        return {key: without_clocks(item) for key, item in value.items() if key not in _CLOCK_KEYS}
+    return [without_clocks(item) for item in value] if isinstance(value, list) else value
+
+
+def _publish(data: dict[str, Any], metadata: Mapping[str, Any], display_id: str, *, update: bool = False) -> None:
+    from IPython.display import display
+
+    display(data, metadata=dict(metadata), raw=True, display_id=display_id, update=update)  # type: ignore[no-untyped-call]  # IPython does not type it
+
+
+def _in_kernel() -> bool:
+    return getattr(_shell(), "kernel", None) is not None
+
+
+def _shell() -> Any:
+    from IPython.core.getipython import get_ipython
+
+    return get_ipython()

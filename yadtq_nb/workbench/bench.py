@@ -1,0 +1,273 @@
+"""What a node does at the workbench: feed, take, finish, release, beat, reap. One method for each Lua verb."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import msgspec
+
+from yadtq_nb import codec
+from yadtq_nb.config import Config
+from yadtq_nb.model import ChunkHead, Lease, WorkerInfo
+from yadtq_nb.workbench.connection import Connection
+
+#: Blobs up to this size are told with the news, so that a client needs no second round trip; in bytes.
+_INLINE: Final = 2048
+
+_pack = msgspec.msgpack.Encoder().encode
+_unpack = msgspec.msgpack.decode
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """Chunks read from one partition, one after another."""
+
+    partition: int
+    topic_id: str
+    #: Where the first was expected to lie.
+    expected: int
+    #: Where reading goes on; given, since offsets have gaps.
+    next: int
+    #: (offset, head, sealed record).
+    chunks: list[tuple[int, ChunkHead, bytes]]
+
+
+class Cursor(msgspec.Struct, frozen=True):
+    """Where the queue is in one partition of one life of the topic."""
+
+    topic_id: str
+    offset: int
+
+    @classmethod
+    def parse(cls, text: bytes | str) -> Cursor | None:
+        """Read Redis's form, "topic id:offset", or nothing."""
+        if not text:
+            return None
+        topic_id, _, offset = (text.decode() if isinstance(text, bytes) else text).rpartition(":")
+        return cls(topic_id, int(offset))
+
+    def __str__(self) -> str:
+        return f"{self.topic_id}:{self.offset}"
+
+
+class Fed(msgspec.Struct, frozen=True):
+    """What became of a batch: "fed", "full", "moved" (the cursor is elsewhere) or "no cursor"."""
+
+    status: str
+    cursor: Cursor | None
+
+
+class Share(msgspec.Struct, frozen=True):
+    """A partition that this node feeds from."""
+
+    partition: int
+    cursor: Cursor | None
+    #: Offset before which everything is finished.
+    low: int | None
+
+
+class Heard(msgspec.Struct, frozen=True):
+    """The answer to a heartbeat."""
+
+    #: Ids of chunks that were named but belong to this node no more.
+    lost: list[str]
+    shares: list[Share]
+    #: Chunks that wait for a free slot anywhere.
+    ready: int
+
+
+class NotLiveError(Exception):
+    """This node's heartbeat has lapsed: it must beat before anything is leased to it."""
+
+
+class Workbench:
+    """One node's hands at the workbench of one queue."""
+
+    def __init__(self, config: Config, queue: str, node: str) -> None:
+        self._config = config
+        self._node = node
+        self._redis = Connection(config, queue)
+
+    def feed(self, batches: Sequence[Batch], free: int) -> tuple[list[Fed], list[Lease]]:
+        """Put batches on the workbench, each only if its cursor is where the batch began.
+
+        Args:
+            batches: at most a few hundred chunks in all.
+            free: slots of this node that may be leased chunks in the same step.
+
+        Raises:
+            NotLiveError: the node must beat first.
+            WorkbenchError: Redis cannot be reached or is full.
+        """
+        groups = [
+            [b.partition, b.topic_id, b.expected, b.next, [_feed_entry(offset, head) for offset, head, _ in b.chunks]]
+            for b in batches
+        ]
+        records = [record for b in batches for _, _, record in b.chunks]
+        c = self._config
+        status, replies, granted = self._redis.call(
+            "feed",
+            self._node,
+            c.lease,
+            free,
+            -1 if c.watermark_chunks is None else c.watermark_chunks,
+            -1 if c.watermark_bytes is None else c.watermark_bytes,
+            int(c.keep),
+            _pack(groups),
+            *records,
+        )
+        _check_live(status)
+        by_id = {head.id: (head, record) for b in batches for _, head, record in b.chunks}
+        leases = [Lease(by_id[id][0], int(token), by_id[id][1]) for id, token in _texts(granted)]
+        return [Fed(status.decode(), Cursor.parse(cursor)) for status, cursor in replies], leases
+
+    def take(self, count: int) -> list[Lease]:
+        """Lease up to count ready chunks to this node.
+
+        Raises:
+            NotLiveError: the node must beat first.
+            WorkbenchError: Redis cannot be reached.
+        """
+        status, taken = self._redis.call("take", self._node, self._config.lease, count)
+        _check_live(status)
+        return [self._lease(*entry) for entry in taken]
+
+    def _lease(self, _: bytes, token: bytes, record: bytes, done: bytes, crashes: bytes, lapses: int) -> Lease:
+        head, _, _ = codec.decode_chunk(self._config.key, record)
+        counts = _unpack(crashes) or {}
+        return Lease(
+            head,
+            int(token),
+            record,
+            frozenset(i for i, flag in enumerate(done) if flag == ord("1")),
+            {int(offset): int(times) for offset, times in counts.items()},
+            lapses,
+        )
+
+    def finish(self, lease: Lease, offsets: range | Sequence[int], states: bytes, frame: bytes) -> str:
+        """Store outcomes of some tasks of a chunk.
+
+        Returns:
+            "current" (more to come), "closed" (every task has an outcome), or "lapsed" (the lease is another's).
+
+        Raises:
+            WorkbenchError: Redis cannot be reached; it may be sent again.
+        """
+        consecutive = isinstance(offsets, range)
+        answer, _ = self._redis.call(
+            "finish",
+            self._node,
+            lease.head.id,
+            lease.token,
+            int(self._config.keep),
+            _INLINE,
+            b"" if consecutive else _pack(list(offsets)),
+            offsets[0],
+            states,
+            frame,
+        )
+        return str(answer.decode())
+
+    def release(self, lease: Lease, *, crashed: int | None = None) -> bool:
+        """Give a chunk back to the front of the line; crashed is the offset of the task that killed its slot.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached; it may be sent again.
+        """
+        offset = "" if crashed is None else crashed
+        return bool(self._redis.call("release", self._node, lease.head.id, lease.token, offset))
+
+    def mark(self, lease: Lease, offset: int) -> bool:
+        """Write down which task of a suspect chunk runs next. False when the lease is another's by now."""
+        return bool(self._redis.call("mark", self._node, lease.head.id, lease.token, offset))
+
+    def beat(self, info: WorkerInfo, partitions: int, leases: Sequence[tuple[Lease, int]], *, polls: bool) -> Heard:
+        """Tell that this node lives, and which leases it holds; only these are renewed.
+
+        Args:
+            info: what the node says of itself.
+            partitions: how many the tasks topic has.
+            leases: with the offset of the task that runs now, or -1.
+            polls: whether the feeder really reads; if not, its partitions go to others.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached.
+        """
+        named = [[lease.head.id, str(lease.token), offset] for lease, offset in leases]
+        _, lost, marks, ready, _ = self._redis.call(
+            "beat",
+            self._node,
+            _pack(info),
+            self._config.lease,
+            partitions,
+            "1" if polls else "0",
+            _pack(named),
+        )
+        shares = [Share(int(p), Cursor.parse(cursor), int(low) if low else None) for p, cursor, low in marks]
+        return Heard([id.decode() for id in lost], shares, int(ready))
+
+    def reap(self, dead: str = "") -> list[tuple[str, str]]:
+        """Return chunks of lapsed leases to the line: (chunk, node that had it). dead: a node known to be gone.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached.
+        """
+        return [(id, node) for id, node in _texts(self._redis.call("reap", self._config.lease, dead))]
+
+    def init(self, partition: int, seen: Cursor | None, cursor: Cursor) -> Cursor | None:
+        """Set a cursor if it still is the one that was seen; returns the one that holds now.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached.
+        """
+        return Cursor.parse(self._redis.call("init", partition, str(seen or ""), str(cursor)))
+
+    def run_id(self) -> str:
+        """Name of the server's present life."""
+        return self._redis.run_id()
+
+    def wait_for_bell(self, position: str, timeout: float) -> str:
+        """Block until the bell rings after position, or timeout seconds; returns the new position.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached.
+        """
+        with self._redis.use() as client:
+            rung = client.xread({self._redis.key("bell"): position}, block=max(1, int(timeout * 1000)))
+        return str(rung[0][1][-1][0].decode()) if rung else position
+
+    def blob(self, name: str) -> bytes | None:
+        """Fetch a function or source tree by its content hash, or arguments by reference."""
+        with self._redis.use() as client:
+            data: bytes | None = client.get(self._redis.key("blob", name))
+            return data
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._redis.close()
+
+
+def _feed_entry(offset: int, head: ChunkHead) -> list[Any]:
+    weight = head.count if head.concurrent else 1
+    return [
+        head.job,
+        head.number,
+        head.first,
+        head.count,
+        weight,
+        offset,
+        head.job_name,
+        head.function_name,
+        head.total,
+        head.created,
+        head.style,
+    ]
+
+
+def _check_live(status: bytes) -> None:
+    if status != b"ok":
+        raise NotLiveError
+
+
+def _texts(rows: list[list[bytes]]) -> list[list[str]]:
+    return [[cell.decode() for cell in row] for row in rows]

@@ -1,0 +1,100 @@
+"""One connection to Redis: its errors become ours at this door, and each verb is one Lua script."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from functools import cache
+from importlib.resources import files
+from typing import Any, Final
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from yadtq_nb.config import Config
+from yadtq_nb.errors import WorkbenchError
+
+VERBS: Final = ("feed", "take", "finish", "release", "mark", "beat", "reap", "init", "create", "seal")
+
+#: Seconds that a call may take before the server counts as gone.
+_TIMEOUT: Final = 10.0
+
+
+@contextlib.contextmanager
+def translate_redis_errors() -> Iterator[None]:
+    """Raise ours, from theirs."""
+    try:
+        yield
+    except redis.AuthenticationError as exc:
+        raise WorkbenchError(f"Redis refused the password or user in its URL: {exc}") from exc
+    except redis.ResponseError as exc:
+        if str(exc).startswith("OOM"):
+            raise WorkbenchError(
+                "Redis is full (maxmemory): delete old jobs or raise maxmemory; tasks in hand go on"
+            ) from exc
+        raise WorkbenchError(f"Redis refused a command: {exc}") from exc
+    except (redis.ConnectionError, redis.TimeoutError) as exc:
+        raise WorkbenchError(f"Redis cannot be reached: {exc}; check YADTQ_REDIS (or redis=) and the server") from exc
+    except (redis.RedisError, ValueError) as exc:
+        raise WorkbenchError(f"Redis cannot be used: {exc}") from exc
+
+
+class Connection:
+    """A client of one queue's keys, for one thread at a time; a call from a second thread waits for the first."""
+
+    def __init__(self, config: Config, queue: str, *, timeout: float = _TIMEOUT) -> None:
+        self.prefix = f"{{yadtq:{queue}}}"
+        self._lock = threading.Lock()
+        with translate_redis_errors():
+            # No retries in the library: whoever calls knows what may be sent twice.
+            self.client: Any = redis.Redis.from_url(
+                config.redis,
+                protocol=2,
+                socket_timeout=timeout,
+                socket_connect_timeout=5.0,
+                socket_keepalive=True,
+                retry=Retry(NoBackoff(), 0),
+                single_connection_client=False,
+                max_connections=4,
+                **config.redis_options,
+            )
+        self._scripts = {verb: self.client.register_script(_source(verb)) for verb in VERBS}
+
+    def key(self, *parts: str) -> str:
+        """Name of a key of this queue."""
+        return ":".join((self.prefix, *parts))
+
+    def call(self, verb: str, *args: Any) -> Any:
+        """Run one verb.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached or refused.
+        """
+        with translate_redis_errors(), self._lock:
+            return self._scripts[verb](keys=[self.prefix], args=args)
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[Any]:
+        """Lend the library's client for plain commands, its errors translated."""
+        with translate_redis_errors(), self._lock:
+            yield self.client
+
+    def run_id(self) -> str:
+        """Name of the server's present life: another one after a restart."""
+        with self.use() as client:
+            return str(client.info("server")["run_id"])
+
+    def close(self) -> None:
+        """Close the sockets."""
+        with contextlib.suppress(redis.RedisError):
+            self.client.close()
+
+
+@cache
+def _source(verb: str) -> str:
+    """Return a verb's script with the common part between its first line, which Redis wants first, and the rest."""
+    folder = files("yadtq_nb.workbench") / "lua"
+    shebang, _, body = (folder / f"{verb}.lua").read_text(encoding="utf-8").partition("\n")
+    return f"{shebang}\n{(folder / 'common.lua').read_text(encoding='utf-8')}\n{body}"

@@ -1,0 +1,296 @@
+"""What a client does at the workbench: make jobs, read their progress and outcomes, hear the news."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+import msgspec
+
+from yadtq_nb.config import Config
+from yadtq_nb.model import CallStyle, Manifest, Seal, WorkerInfo, WorkerView
+from yadtq_nb.workbench.connection import Connection
+
+#: Fields or keys fetched in one round trip.
+_PAGE: Final = 100
+#: Seconds after which a sender that has said nothing counts as gone.
+SENDER_LEASE: Final = 10.0
+
+_pack = msgspec.msgpack.Encoder().encode
+_decode_info = msgspec.msgpack.Decoder(WorkerInfo).decode
+
+
+class JobRecord(msgspec.Struct, frozen=True):
+    """A job as the workbench knows it. Counts are of tasks, times in seconds since the epoch."""
+
+    id: str
+    name: str
+    function_name: str
+    created: float
+    #: -1 while it is not known.
+    total: int
+    style: CallStyle
+    #: True once every item was sent.
+    sealed: bool
+    #: True while the client that sends it says so.
+    sending: bool
+    #: Tasks that have reached the workbench.
+    fed: int
+    running: int
+    succeeded: int
+    failed: int
+    cancelled: int
+    #: Outcomes that came after another of the same task, and were dropped.
+    late: int
+    #: Bytes of inputs and results kept.
+    bytes: int
+    #: When the last outcome came, or None.
+    ended: float | None
+    #: The workbench's clock when this was read.
+    now: float
+    #: Seconds until it is forgotten.
+    expires: float
+    #: Names of the function's parameters.
+    parameters: tuple[str, ...] = ()
+
+    @property
+    def done(self) -> int:
+        """Tasks with an outcome."""
+        return self.succeeded + self.failed + self.cancelled
+
+
+class News(msgspec.Struct, frozen=True):
+    """One entry of the results stream."""
+
+    job: str
+    #: Name of the outcomes that came, or "" when only the end is told.
+    field: str
+    #: How many tasks got their outcome.
+    count: int
+    #: The outcomes themselves when they are small, else None: fetch them.
+    frame: bytes | None
+    #: True when the job ended with it.
+    ended: bool
+
+
+class Stored(msgspec.Struct, frozen=True):
+    """Outcomes of some tasks of one chunk, as they lie in the workbench."""
+
+    field: str
+    frame: bytes
+    #: One '0' or '1' a task when only some of them counted, else empty.
+    mask: bytes
+
+
+class JobStore:
+    """A client's hands at the workbench of one queue."""
+
+    def __init__(self, config: Config, queue: str) -> None:
+        self._config = config
+        self._redis = Connection(config, queue)
+        self._seq = 0
+
+    def create(self, manifest: Manifest) -> str:
+        """Claim the job's name; returns the id of the job that holds it.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached or is full.
+        """
+        m = manifest
+        return str(
+            self._redis.call(
+                "create",
+                m.id,
+                m.name,
+                m.function_name,
+                m.created,
+                m.total,
+                m.style,
+                m.client,
+                int(self._config.keep),
+                ",".join(m.parameters),
+            ).decode()
+        )
+
+    def seal(self, seal: Seal) -> None:
+        """Say how many tasks there are, once all are sent."""
+        self._redis.call("seal", seal.id, seal.total, _pack(seal.ends), int(self._config.keep))
+
+    def say_sending(self, job: str) -> None:
+        """Tell that this client still sends the job's items; holds for SENDER_LEASE seconds."""
+        with self._redis.use() as client:
+            client.set(self._key(job, "sending"), 1, px=int(SENDER_LEASE * 1000))
+
+    def stop_sending(self, job: str) -> None:
+        """Tell that this client sends no more of the job."""
+        with self._redis.use() as client:
+            client.delete(self._key(job, "sending"))
+
+    def put_blob(self, name: str, data: bytes) -> bool:
+        """Keep a function, a source tree or large arguments under a name. True when they were not there yet."""
+        key = self._redis.key("blob", name)
+        with self._redis.use() as client:
+            keep = int(self._config.keep * 4)
+            if client.expire(key, keep):
+                return False
+            client.set(key, data, ex=keep)
+            return True
+
+    def blob(self, name: str) -> bytes | None:
+        """Fetch what put_blob kept."""
+        with self._redis.use() as client:
+            data: bytes | None = client.get(self._redis.key("blob", name))
+            return data
+
+    def ring(self) -> None:
+        """Wake feeders that do not wait at Kafka."""
+        with self._redis.use() as client:
+            client.xadd(self._redis.key("bell"), {"k": "tasks"}, maxlen=64, approximate=True)
+
+    def find(self, name_or_id: str) -> str | None:
+        """Return the id of a job, by its name or its id, or None."""
+        with self._redis.use() as client:
+            named, exists = (
+                client.pipeline(transaction=False)
+                .hget(self._redis.key("names"), name_or_id)
+                .exists(self._key(name_or_id))
+                .execute()
+            )
+            if named is not None and client.exists(self._key(named.decode())):
+                return str(named.decode())
+        return name_or_id if exists else None
+
+    def record(self, job: str) -> JobRecord | None:
+        """Return one job, or None when the queue does not know it (yet, or any more)."""
+        return next(iter(self.records([job])), None)
+
+    def records(self, jobs: Iterable[str] | None = None) -> list[JobRecord]:
+        """Return jobs, by default all, newest first."""
+        with self._redis.use() as client:
+            ids = list(jobs) if jobs is not None else _decoded(client.zrevrange(self._redis.key("jobs"), 0, -1))
+            pipe = client.pipeline(transaction=False)
+            pipe.time()
+            for job in ids:
+                pipe.hgetall(self._key(job)).exists(self._key(job, "sending")).ttl(self._key(job))
+            (seconds, micros), *cells = pipe.execute()
+            now = seconds + micros / 1e6
+            found = []
+            for n, job in enumerate(ids):
+                fields, sending, ttl = cells[3 * n : 3 * n + 3]
+                if fields:
+                    found.append(_record(fields, bool(sending), now, ttl))
+                elif jobs is None:
+                    client.zrem(self._redis.key("jobs"), job)
+            return found
+
+    def outcomes(self, job: str, fields: Iterable[str]) -> Iterator[Stored]:
+        """Yield outcomes by the names that the news gave; what has expired is left out."""
+        wanted = list(fields)
+        for start in range(0, len(wanted), _PAGE):
+            page = wanted[start : start + _PAGE]
+            with self._redis.use() as client:
+                cells = client.hmget(self._key(job, "out"), [*page, *(f"{field}m" for field in page)])
+            for field, frame, mask in zip(page, cells, cells[len(page) :], strict=False):
+                if frame is not None:
+                    yield Stored(field, frame, mask or b"")
+
+    def fields(self, job: str) -> list[str]:
+        """Return the names of all outcomes that are there."""
+        with self._redis.use() as client:
+            return [name for name in _decoded(client.hkeys(self._key(job, "out"))) if not name.endswith("m")]
+
+    def inputs(self, job: str) -> Iterator[bytes]:
+        """Yield the sealed records of a job's chunks, in order."""
+        with self._redis.use() as client:
+            numbers = sorted(map(int, client.hkeys(self._key(job, "in"))))
+        for start in range(0, len(numbers), _PAGE):
+            with self._redis.use() as client:
+                records = client.hmget(self._key(job, "in"), numbers[start : start + _PAGE])
+            yield from (record for record in records if record is not None)
+
+    def workers(self) -> list[WorkerView]:
+        """Return the nodes that beat within the last day, live ones first."""
+        with self._redis.use() as client:
+            (seconds, micros), beats, infos, dead = (
+                client.pipeline(transaction=False)
+                .time()
+                .zrevrange(self._redis.key("beats"), 0, -1, withscores=True)
+                .hgetall(self._redis.key("nodes"))
+                .smembers(self._redis.key("dead"))
+                .execute()
+            )
+        now = seconds + micros / 1e6
+        views = [self._view(infos[node], beat, now, node in dead) for node, beat in beats if node in infos]
+        return sorted(views, key=lambda view: (view.status not in ("live", "stopping"), view.heartbeat_age))
+
+    def _view(self, packed: bytes, beat: float, now: float, dead: bool) -> WorkerView:
+        info = _decode_info(packed)
+        age = max(0.0, now - beat)
+        lost = (dead or age > self._config.lease) and info.status != "stopped"
+        return WorkerView(info, age, beat, "lost" if lost else info.status)
+
+    def news_position(self) -> str:
+        """Return the place of the newest entry of the results stream."""
+        with self._redis.use() as client:
+            last = client.xrevrange(self._redis.key("news"), count=1)
+            if last:
+                self._seq = int(last[0][1][b"q"])
+            return str(last[0][0].decode()) if last else "0-0"
+
+    def wait_for_news(self, position: str, timeout: float) -> tuple[str, list[News], bool]:
+        """Block until there is news after position, or timeout seconds.
+
+        Returns:
+            The new position, the news, and whether some were missed: then compare with the outcomes.
+        """
+        with self._redis.use() as client:
+            reply = client.xread({self._redis.key("news"): position}, count=1000, block=max(1, int(timeout * 1000)))
+        if not reply:
+            return position, [], False
+        entries = reply[0][1]
+        expected, self._seq = self._seq + 1, int(entries[-1][1][b"q"])
+        missed = int(entries[0][1][b"q"]) != expected or self._seq != expected + len(entries) - 1
+        return entries[-1][0].decode(), [_news(fields) for _, fields in entries], missed
+
+    def _key(self, job: str, part: str = "") -> str:
+        return self._redis.key("job", job, part) if part else self._redis.key("job", job)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._redis.close()
+
+
+def _news(fields: dict[bytes, bytes]) -> News:
+    return News(fields[b"j"].decode(), fields[b"f"].decode(), int(fields[b"n"]), fields.get(b"b"), fields[b"e"] == b"1")
+
+
+def _record(fields: dict[bytes, bytes], sending: bool, now: float, ttl: int) -> JobRecord:
+    def count(name: bytes) -> int:
+        return int(fields.get(name, b"0"))
+
+    ended = fields.get(b"ended")
+    return JobRecord(
+        id=fields[b"id"].decode(),
+        name=fields.get(b"name", b"").decode(),
+        function_name=fields.get(b"function", b"").decode(),
+        created=float(fields.get(b"created", b"0")),
+        total=int(fields.get(b"total", b"-1")),
+        style=msgspec.convert(fields.get(b"style", b"item").decode(), CallStyle),
+        sealed=fields.get(b"sealed") == b"1",
+        sending=sending,
+        fed=count(b"fed"),
+        running=max(0, count(b"running")),
+        succeeded=count(b"succeeded"),
+        failed=count(b"failed"),
+        cancelled=count(b"cancelled"),
+        late=count(b"late"),
+        bytes=count(b"bytes"),
+        ended=float(ended) if ended else None,
+        now=now,
+        expires=float(ttl),
+        parameters=tuple(filter(None, fields.get(b"parameters", b"").decode().split(","))),
+    )
+
+
+def _decoded(names: Iterable[Any]) -> list[str]:
+    return [name.decode() for name in names]

@@ -1,0 +1,69 @@
+#!lua flags=allow-oom
+-- beat: a node's sign of life. Renews just the leases that it names, and shares out the partitions.
+-- A lease that is not named lapses: the reply that granted it was lost, and nobody runs it.
+-- ARGV: node, info, lease, number of partitions, '1' if its feeder polls, leases (packed {{id, token, offset}...}).
+local node, info, lease, partitions, polls = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5] == '1'
+local now = server_time()
+local lost = {}
+
+redis.call('ZADD', key('beats'), now, node)
+redis.call('HSET', key('nodes'), node, info)
+redis.call('SREM', key('dead'), node)
+for _, named in ipairs(cmsgpack.unpack(ARGV[6])) do
+  local chunk = read_chunk(named[1])
+  if chunk and holds(chunk, node, named[2]) then
+    redis.call('ZADD', key('leases'), now + lease, named[1])
+    if named[3] >= 0 then
+      redis.call('HSET', key('at'), named[1], named[3])
+    end
+  else
+    lost[#lost + 1] = named[1]
+  end
+end
+
+if polls then
+  redis.call('SADD', key('feeders'), node)
+else
+  redis.call('SREM', key('feeders'), node)
+end
+local live, feeders = {}, 0
+for _, other in ipairs(redis.call('ZRANGEBYSCORE', key('beats'), now - lease, '+inf')) do
+  if redis.call('SISMEMBER', key('feeders'), other) == 1 then
+    live[other], feeders = true, feeders + 1
+  end
+end
+local owners = {}
+local flat = redis.call('HGETALL', key('partitions'))
+for i = 1, #flat, 2 do
+  owners[flat[i]] = flat[i + 1]
+end
+local fair = feeders > 0 and math.ceil(partitions / feeders) or 0
+local share, owned = polls and fair or 0, {}
+for p = 0, partitions - 1 do
+  if owners[tostring(p)] == node then
+    if #owned < share then
+      owned[#owned + 1] = p
+    else
+      redis.call('HDEL', key('partitions'), p)
+    end
+  end
+end
+for p = 0, partitions - 1 do
+  local owner = owners[tostring(p)]
+  if #owned < share and owner ~= node and not (owner and live[owner]) then
+    redis.call('HSET', key('partitions'), p, node)
+    owned[#owned + 1] = p
+  end
+end
+
+local marks = {}
+for i, p in ipairs(owned) do
+  local cursor = redis.call('HGET', key('cursor'), p) or ''
+  local low = ''
+  local topic, offset = cursor:match('^(.*):(%d+)$')
+  if topic then
+    low = redis.call('ZRANGE', key('position:' .. topic .. ':' .. p), 0, 0)[1] or offset
+  end
+  marks[i] = {p, cursor, low}
+end
+return {tostring(now), lost, marks, redis.call('LLEN', key('ready')), #flat / 2}

@@ -1,0 +1,92 @@
+#!lua
+-- feed: put chunks that were read from Kafka on the workbench, and lease some to the feeder's own node.
+-- Without it a chunk would be lost or doubled when a partition changes hands: a batch counts only if the cursor kept
+-- here equals the offset it was read from, neither behind nor ahead.
+-- ARGV: node, lease, free slots, most ready chunks (-1), most ready bytes (-1), keep, groups (packed), then the records.
+-- group: {partition, topic id, expected, next, {{job, number, first, count, weight, offset, job name, function, total, created, style}...}}
+local node, lease, free = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local most_chunks, most_bytes, keep = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local groups = cmsgpack.unpack(ARGV[7])
+local now = server_time()
+local replies, leases, record = {}, {}, 7
+local added = false
+
+if not is_live(node, now, lease) then
+  return {'lapsed', {}, {}}
+end
+
+local function make_job(job, c)
+  local name = job_key(job)
+  if redis.call('HSETNX', name, 'id', job) == 1 then
+    redis.call('HSET', name, 'name', c[7], 'function', c[8], 'total', c[9], 'created', c[10], 'style', c[11], 'sealed', c[9] >= 0 and 1 or 0)
+    redis.call('ZADD', key('jobs'), c[10], job)
+    redis.call('HSETNX', key('names'), c[7], job)
+    redis.call('EXPIRE', name, keep * 4)
+  end
+end
+
+local function add(id, c, position, data)
+  local job, number = c[1], c[2]
+  make_job(job, c)
+  local part = job_key(job, 'in')
+  redis.call('HSET', part, number, data)
+  if redis.call('TTL', part) < 0 then
+    redis.call('EXPIRE', part, keep * 4)
+  end
+  redis.call('HINCRBY', job_key(job), 'bytes', #data)
+  redis.call('HINCRBY', job_key(job), 'fed', c[4])
+  local chunk = {
+    job = job, number = number, first = c[3], count = c[4], weight = c[5], size = #data,
+    left = c[4], seq = 0, done = '', lapses = 0, crashes = {}, positions = {position},
+  }
+  if free > 0 then
+    free = free - 1
+    leases[#leases + 1] = {id, grant(id, chunk, node, now + lease)}
+  else
+    write_chunk(id, chunk)
+    redis.call('RPUSH', key('ready'), id)
+    redis.call('INCRBY', key('ready_bytes'), #data)
+    added = true
+  end
+end
+
+for g, group in ipairs(groups) do
+  local partition, topic, expected, chunks = group[1], group[2], group[3], group[5]
+  local cursor = redis.call('HGET', key('cursor'), partition)
+  local status = 'fed'
+  if not cursor then
+    status = 'no cursor'
+  elseif cursor ~= topic .. ':' .. expected then
+    status = 'moved'
+  elseif (most_chunks >= 0 and redis.call('LLEN', key('ready')) >= most_chunks)
+      or (most_bytes >= 0 and tonumber(redis.call('GET', key('ready_bytes')) or 0) >= most_bytes) then
+    status = 'full'
+  end
+  for _, c in ipairs(chunks) do
+    record = record + 1
+    if status == 'fed' then
+      local id = c[1] .. ':' .. c[2]
+      local position = {topic, partition, c[6]}
+      if redis.call('GETBIT', job_key(c[1], 'finished'), c[2]) == 0 then
+        local open = read_chunk(id)
+        if open then
+          -- A producer's retry, or fed again after a wipe: the outcome will close every position.
+          open.positions[#open.positions + 1] = position
+          write_chunk(id, open)
+        else
+          add(id, c, position, ARGV[record])
+        end
+        redis.call('ZADD', key('position:' .. topic .. ':' .. partition), c[6], c[6])
+      end
+    end
+  end
+  if status == 'fed' then
+    cursor = topic .. ':' .. group[4]
+    redis.call('HSET', key('cursor'), partition, cursor)
+  end
+  replies[g] = {status, cursor or ''}
+end
+if added then
+  ring()
+end
+return {'ok', replies, leases}

@@ -1,0 +1,55 @@
+#!lua flags=allow-oom
+-- reap: return what lapsed leases held to the line, whichever node notices first.
+-- When nobody has reaped for longer than a lease, the server was away, not the nodes: all leases are extended.
+-- ARGV: lease, a node that is known to be dead ('' for none).
+local lease, dead = tonumber(ARGV[1]), ARGV[2]
+local now = server_time()
+local last = tonumber(redis.call('GET', key('reaped')) or now)
+local lapsed = {}
+
+redis.call('SET', key('reaped'), string.format('%.6f', now))
+local away = now - last > lease
+local held
+if away or dead ~= '' then
+  held = redis.call('ZRANGE', key('leases'), 0, -1)
+else
+  held = redis.call('ZRANGEBYSCORE', key('leases'), '-inf', now)
+end
+if dead ~= '' then
+  redis.call('SREM', key('feeders'), dead)
+  redis.call('SADD', key('dead'), dead)
+end
+for _, id in ipairs(held) do
+  local chunk = read_chunk(id)
+  if not chunk then
+    redis.call('ZREM', key('leases'), id)
+  elseif dead ~= '' and chunk.owner == dead then
+    lapsed[#lapsed + 1] = {id, chunk}
+  elseif away then
+    redis.call('ZADD', key('leases'), now + lease, id)
+  elseif dead == '' then
+    lapsed[#lapsed + 1] = {id, chunk}
+  end
+end
+
+local told = {}
+for i, entry in ipairs(lapsed) do
+  local id, chunk = entry[1], entry[2]
+  local offset = redis.call('HGET', key('at'), id)
+  if offset then
+    chunk.crashes[offset] = (chunk.crashes[offset] or 0) + 1
+  end
+  chunk.lapses = chunk.lapses + 1
+  told[i] = {id, chunk.owner}
+  put_back(id, chunk)
+end
+if #lapsed > 0 then
+  ring()
+end
+for _, node in ipairs(redis.call('ZRANGEBYSCORE', key('beats'), '-inf', now - 86400)) do
+  redis.call('ZREM', key('beats'), node)
+  redis.call('HDEL', key('nodes'), node)
+  redis.call('SREM', key('feeders'), node)
+  redis.call('SREM', key('dead'), node)
+end
+return told

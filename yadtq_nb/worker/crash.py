@@ -1,0 +1,68 @@
+"""Outcomes that a node makes itself, since no slot lived to make them. Nothing is pickled here."""
+
+from __future__ import annotations
+
+import socket
+import time
+from array import array
+from collections.abc import Mapping, Sequence
+
+from yadtq_nb import codec
+from yadtq_nb.errors import TaskError
+from yadtq_nb.model import ErrorInfo, Lease, Segment
+
+
+def outcome(
+    secret: bytes, node: str, lease: Lease, crashes: Mapping[int, int], reason: str, stderr: str = ""
+) -> tuple[bytes, bytes]:
+    """Return states and frame of tasks that have killed their slot or node as often as is allowed.
+
+    Args:
+        crashes: offset in the chunk -> how often.
+        reason: how it ended the last time.
+        stderr: the last lines that it wrote.
+    """
+    errors = {}
+    for offset, times in crashes.items():
+        index = lease.head.first + offset
+        message = (
+            f"task {index} of job {lease.head.job_name!r} has killed its slot {times} times and is not tried again: "
+            f"{reason} on {socket.gethostname()} (node {node})"
+        )
+        if stderr:
+            message += f"\nlast lines of its output:\n{stderr}"
+        errors[index] = ErrorInfo("yadtq_nb.TaskCrashedError", message, "", ours="TaskCrashedError")
+    return _failed(secret, node, lease, list(crashes), errors, {lease.head.first + o: n for o, n in crashes.items()})
+
+
+def refusal(secret: bytes, node: str, lease: Lease, offsets: Sequence[int], error: TaskError) -> tuple[bytes, bytes]:
+    """Return states and frame of tasks that could not be started."""
+    info = ErrorInfo("yadtq_nb.TaskError", str(error), "")
+    return _failed(secret, node, lease, offsets, {lease.head.first + offset: info for offset in offsets}, {})
+
+
+def _failed(
+    secret: bytes,
+    node: str,
+    lease: Lease,
+    offsets: Sequence[int],
+    errors: dict[int, ErrorInfo],
+    attempts: dict[int, int],
+) -> tuple[bytes, bytes]:
+    count = len(offsets)
+    states = b"F" * count
+    now = time.time()
+    segment = Segment(
+        job=lease.head.job,
+        number=lease.head.number,
+        first=lease.head.first + offsets[0],
+        count=count,
+        scattered=array("I", [lease.head.first + offset for offset in offsets]).tobytes(),
+        states=states,
+        errors=errors,
+        started=array("d", [now] * count).tobytes(),
+        seconds=array("d", [0.0] * count).tobytes(),
+        worker=node,
+        attempts=attempts,
+    )
+    return states, codec.encode_segment(secret, segment, codec.dumps([]))

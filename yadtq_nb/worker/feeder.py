@@ -1,0 +1,266 @@
+"""The feeder: brings chunks from Kafka to the workbench, for the partitions that this node was given.
+
+    heartbeat ──▶ shares ──▶ assign ──▶ poll ──▶ verify ──▶ feed (one script, fenced by the cursor) ──▶ leases ──▶ slots
+
+A batch counts only if the cursor in Redis is where the batch began. So the feeder never has to be right about where it
+is: told that the cursor is elsewhere, it goes there.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from yadtq_nb import codec
+from yadtq_nb.backlog.connection import Topic
+from yadtq_nb.backlog.reader import OffsetLostError, Reader, Record
+from yadtq_nb.config import Config
+from yadtq_nb.errors import BacklogError, CodecError, WorkbenchError
+from yadtq_nb.model import ChunkHead, Lease
+from yadtq_nb.workbench.bench import Batch, Cursor, Fed, NotLiveError, Share, Workbench
+
+log = logging.getLogger(__name__)
+
+#: Most chunks in one feed: the script unpacks them on a stack of 8,000.
+_MOST: Final = 400
+#: Seconds without a record after which a feeder on a broker that must be asked stops asking.
+_LINGER: Final = 1.0
+#: Seconds between looks at a broker that must be asked, in case a wake-up was lost.
+_SLOW_POLL: Final = 5.0
+#: Seconds to wait before the next try when a server is away, or the workbench is full.
+_PAUSE: Final = 0.1
+
+
+class Feeder:
+    """One thread that reads this node's partitions."""
+
+    def __init__(
+        self,
+        config: Config,
+        queue: str,
+        topic: Topic,
+        workbench: Workbench,
+        *,
+        restore: Callable[[], None],
+        reserve: Callable[[int], int],
+        unreserve: Callable[[int], None],
+        start: Callable[[Lease, Workbench], None],
+        refuse: Callable[[Record, CodecError], None],
+        slots: int,
+    ) -> None:
+        """Take the parts that are passed in.
+
+        Args:
+            restore: replays the jobs topic into a workbench that has lost its cursors.
+            reserve, unreserve: claim free slots, and give them back.
+            start: runs a leased chunk in a reserved slot.
+            refuse: is told of a record that cannot be fed.
+            slots: how many this node has.
+        """
+        self._config = config
+        self._topic = topic
+        self._bench = workbench
+        self._reader = Reader(config, queue, topic)
+        self._restore = restore
+        self._reserve = reserve
+        self._unreserve = unreserve
+        self._start = start
+        self._refuse = refuse
+        self._slots = slots
+        self._positions: dict[int, int] = {}
+        self._held: list[Record] = []
+        self._assigned = False
+        self._last_record = 0.0
+        self._rung = threading.Event()
+        self._closing = False
+        self._lock = threading.Lock()
+        self._shares: list[Share] | None = None
+        self._marks: dict[int, int] = {}
+        self._alive_at = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name=f"yadtq-feeder-{queue}", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def ring(self) -> None:
+        """Wake the feeder: there may be something to read. From any thread."""
+        self._rung.set()
+
+    def share(self, shares: list[Share], marks: dict[int, int]) -> None:
+        """Hand over what a heartbeat brought: the partitions to read, and the marks to commit. From any thread."""
+        with self._lock:
+            self._shares = shares
+            self._marks.update(marks)
+        here = {p: Cursor(self._topic.id, offset) for p, offset in self._positions.copy().items()}
+        if {s.partition: s.cursor for s in shares} != here:
+            self._rung.set()
+
+    def is_polling(self) -> bool:
+        """Tell whether the thread has really gone round lately; if not, its partitions should go to another node."""
+        return not self._closing and time.monotonic() - self._alive_at < 2 * _SLOW_POLL + self._config.lease
+
+    def close(self) -> None:
+        """Stop reading, and join the thread."""
+        self._closing = True
+        self._rung.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._reader.close()
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._alive_at = time.monotonic()
+            try:
+                self._round()
+            except NotLiveError:
+                self._pause()
+            except (BacklogError, WorkbenchError) as exc:
+                log.warning("feeding waits: %s", exc)
+                self._assigned = False
+                self._pause()
+            except OffsetLostError as exc:
+                log.warning("partition %d cannot be read where the cursor is", exc.partition)
+                self._assigned = False
+                self._pause()
+
+    def _round(self) -> None:
+        self._take_shares()
+        if not self._held:
+            if self._is_idle():
+                self._sleep()
+                return
+            self._read()
+        if self._held and not self._feed(self._held):
+            self._pause()
+
+    def _pause(self) -> None:
+        self._rung.wait(_PAUSE)
+        self._rung.clear()
+
+    # Which partitions, and from where.
+
+    def _take_shares(self) -> None:
+        with self._lock:
+            shares, self._shares = self._shares, None
+            marks, self._marks = self._marks, {}
+        if shares is not None:
+            self._follow(shares)
+        if marks:
+            self._reader.commit({p: offset for p, offset in marks.items() if p in self._positions})
+
+    def _follow(self, shares: list[Share]) -> None:
+        """Read what was given, and compare with the cursors: Redis may have come back a second older."""
+        given = {share.partition: share.cursor for share in shares}
+        if given.keys() != self._positions.keys():
+            self._held = [record for record in self._held if record.partition in given]
+            kept = self._positions
+            self._positions = {p: kept[p] if p in kept else self._find(p, cursor) for p, cursor in given.items()}
+            self._assigned = False
+        if self._held:
+            return
+        apart = [p for p, cursor in given.items() if cursor != Cursor(self._topic.id, self._positions[p])]
+        if apart:
+            # The share may be older than what was fed since: only an empty feed tells.
+            self._send([Batch(p, self._topic.id, self._positions[p], self._positions[p], []) for p in apart], 0)
+
+    def _find(self, partition: int, cursor: Cursor | None) -> int:
+        """Return where to read a partition: at its cursor, which is set if it is missing or of another topic."""
+        if cursor is not None and cursor.topic_id == self._topic.id:
+            return cursor.offset
+        if cursor is None:
+            # What a wiped workbench must know comes before its chunks: a cancelled job must not come back to life.
+            self._restore()
+        offset = self._reader.committed(partition)
+        if offset is None:
+            offset = self._reader.log_start(partition)
+        now = self._bench.init(partition, cursor, Cursor(self._topic.id, offset))
+        return now.offset if now is not None and now.topic_id == self._topic.id else offset
+
+    # Waiting and reading.
+
+    def _is_idle(self) -> bool:
+        if not self._positions:
+            return True
+        return self._config.reading == "wake" and time.monotonic() - self._last_record > _LINGER
+
+    def _sleep(self) -> None:
+        """Wait to be rung for, unassigned: a waiting fetch would keep an unfriendly broker busy."""
+        if self._assigned:
+            self._reader.assign({})
+            self._assigned = False
+        rung = self._rung.wait(_SLOW_POLL if self._positions else 1.0)
+        self._rung.clear()
+        # Not rung for: one short look, in case the bell was lost.
+        self._last_record = time.monotonic() - (0.0 if rung else _LINGER - 0.05)
+
+    def _read(self) -> None:
+        if not self._assigned:
+            self._reader.assign(self._positions)
+            self._assigned = True
+        records = self._reader.poll(0.5 if self._config.reading == "poll" else 0.1, _MOST)
+        if records:
+            self._held = [record for record in records if record.partition in self._positions]
+            self._last_record = time.monotonic()
+
+    # Feeding.
+
+    def _feed(self, records: list[Record]) -> bool:
+        """Feed what was read; what does not get in is kept. False when the workbench is full."""
+        free = self._reserve(self._slots)
+        batches = self._batches(records)
+        try:
+            replies, used = self._send(batches, free)
+        except BaseException:
+            self._unreserve(free)
+            raise
+        self._unreserve(free - used)
+        full = {batch.partition for batch, reply in zip(batches, replies, strict=True) if reply.status == "full"}
+        self._held = [record for record in records if record.partition in full]
+        return not full
+
+    def _batches(self, records: list[Record]) -> list[Batch]:
+        by_partition: dict[int, list[Record]] = {}
+        for record in records:
+            by_partition.setdefault(record.partition, []).append(record)
+        return [
+            Batch(
+                partition,
+                self._topic.id,
+                self._positions[partition],
+                found[-1].offset + 1,
+                [chunk for record in found if (chunk := self._open(record)) is not None],
+            )
+            for partition, found in by_partition.items()
+        ]
+
+    def _open(self, record: Record) -> tuple[int, ChunkHead, bytes] | None:
+        """Verify a record. One that cannot be read is passed by, or it would stop every record behind it."""
+        if record.value is None:
+            return None
+        try:
+            head, _, _ = codec.decode_chunk(self._config.key, record.value)
+        except CodecError as exc:
+            self._refuse(record, exc)
+            return None
+        return record.offset, head, record.value
+
+    def _send(self, batches: list[Batch], free: int) -> tuple[list[Fed], int]:
+        replies, leases = self._bench.feed(batches, free)
+        for batch, reply in zip(batches, replies, strict=True):
+            self._heed(batch, reply)
+        for lease in leases:
+            self._start(lease, self._bench)
+        return replies, len(leases)
+
+    def _heed(self, batch: Batch, reply: Fed) -> None:
+        if reply.status == "fed":
+            self._positions[batch.partition] = batch.next
+        elif reply.status != "full":
+            # Another feeder was here, or Redis came back older, or empty: go where the cursor is.
+            self._positions[batch.partition] = self._find(batch.partition, reply.cursor)
+            self._assigned = False
+            self._last_record = time.monotonic()

@@ -1,0 +1,139 @@
+"""The heart: tells each second that this node lives, renews its leases, and reaps what other nodes left.
+
+A thread of its own, with a connection of its own, so that a long feed or a large outcome never looks like death.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from yadtq_nb.config import Config
+from yadtq_nb.errors import WorkbenchError
+from yadtq_nb.model import Lease, WorkerInfo
+from yadtq_nb.workbench.bench import Heard, Share, Workbench
+
+log = logging.getLogger(__name__)
+
+#: A mark is committed to Kafka once it is this old: by then the append-only file has it on disk. Seconds.
+_SETTLED: Final = 3.0
+#: Offsets of a group without members expire: they are committed anew this often. Seconds.
+_RENEW_COMMIT: Final = 3_600.0
+
+
+class Heart:
+    """One thread that beats and reaps."""
+
+    def __init__(
+        self,
+        config: Config,
+        workbench: Workbench,
+        partitions: int,
+        *,
+        info: Callable[[], WorkerInfo],
+        leases: Callable[[], list[tuple[Lease, int]]],
+        polls: Callable[[], bool],
+        heard: Callable[[Heard, dict[int, int]], None],
+        reaped: Callable[[list[tuple[str, str]]], None],
+    ) -> None:
+        """Take the parts that are passed in.
+
+        Args:
+            info: what the node says of itself.
+            leases: what it holds, with the offset that runs now, or -1.
+            polls: whether its feeder really reads.
+            heard: is told the answer, and which marks are due to be committed.
+            reaped: is told which chunks of which nodes went back to the line.
+        """
+        self._config = config
+        self._bench = workbench
+        self._partitions = partitions
+        self._info = info
+        self._leases = leases
+        self._polls = polls
+        self._heard = heard
+        self._reaped = reaped
+        self._run_id = ""
+        self._marks: collections.deque[tuple[float, dict[int, int]]] = collections.deque()
+        self._committed: dict[int, int] = {}
+        self._renew_at = 0.0
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="yadtq-heart", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread, after a first beat by hand."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop beating, and join the thread."""
+        self._closing.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._bench.close()
+
+    def beat(self) -> None:
+        """Beat once.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached.
+        """
+        heard = self._bench.beat(self._info(), self._partitions, self._leases(), polls=self._polls())
+        self._heard(heard, self._due(heard.shares))
+
+    def reap(self, dead: str = "") -> None:
+        """Return lapsed chunks to the line.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached.
+        """
+        lapsed = self._bench.reap(dead)
+        if lapsed:
+            self._reaped(lapsed)
+
+    def _run(self) -> None:
+        # Reaping twice for each beat finds a dead node sooner, and costs one small script.
+        for turn in iter(self._turns(), None):
+            try:
+                if turn % 2 == 0:
+                    self.beat()
+                self.reap()
+            except WorkbenchError as exc:
+                log.warning("heartbeat waits: %s", exc)
+
+    def _turns(self) -> Callable[[], int | None]:
+        """Count half heartbeats, without drifting, until closed."""
+        start, turn = time.monotonic(), 0
+
+        def next_turn() -> int | None:
+            nonlocal start, turn
+            turn += 1
+            late = time.monotonic() - (start + turn * self._config.heartbeat / 2)
+            if late > self._config.heartbeat:
+                start += late
+            return None if self._closing.wait(max(0.0, -late)) else turn
+
+        return next_turn
+
+    def _due(self, shares: list[Share]) -> dict[int, int]:
+        """Return the marks that Redis has on disk by now, to be committed.
+
+        A mark of before a restart of Redis says nothing: what it calls finished may be forgotten.
+        """
+        now, run_id = time.monotonic(), self._bench.run_id()
+        if run_id != self._run_id:
+            self._run_id = run_id
+            self._marks.clear()
+        self._marks.append((now, {share.partition: share.low for share in shares if share.low is not None}))
+        settled: dict[int, int] = {}
+        while self._marks and now - self._marks[0][0] >= _SETTLED:
+            settled = self._marks.popleft()[1]
+        if now >= self._renew_at:
+            self._renew_at = now + _RENEW_COMMIT
+            self._committed.clear()
+        due = {p: low for p, low in settled.items() if self._committed.get(p) != low}
+        self._committed.update(due)
+        return due

@@ -1,0 +1,426 @@
+"""A worker node: one process that serves one queue with some slots.
+
+    threads of a node                                              what they touch
+    ─────────────────                                              ───────────────
+    main     outcomes from slots ─▶ finish ─▶ take ─▶ slots        slot sockets, Redis
+    feeder   Kafka ─▶ feed ─▶ slots                                Kafka, Redis
+    heart    beat, renew, reap                                     Redis, events
+    bell     blocks until there may be work ─▶ wakes the others    Redis
+
+Each thread has its own connection to Redis. A node never unpickles anything: only slots do.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import psutil
+
+from yadtq_nb.backlog.connection import Topic, ensure_topics
+from yadtq_nb.backlog.publish import Publisher
+from yadtq_nb.backlog.reader import Record, replay_jobs
+from yadtq_nb.config import Config
+from yadtq_nb.errors import BacklogError, CodecError, TaskError, WorkbenchError
+from yadtq_nb.model import Lease, WorkerInfo
+from yadtq_nb.workbench.bench import Heard, NotLiveError, Workbench
+from yadtq_nb.worker import crash
+from yadtq_nb.worker.blobs import BlobFiles
+from yadtq_nb.worker.feeder import Feeder
+from yadtq_nb.worker.heart import Heart
+from yadtq_nb.worker.pool import Died, Outcomes, SlotPool
+from yadtq_nb.worker.restore import restore_jobs
+
+log = logging.getLogger(__name__)
+
+#: Seconds between tries while a server is away.
+_PAUSE: Final = 0.2
+#: Seconds that running tasks get when the node is asked to stop.
+GRACE: Final = 5.0
+
+
+class Node:
+    """One node: build it, then run it in the main thread."""
+
+    def __init__(
+        self,
+        config: Config,
+        queue: str,
+        slots: int,
+        *,
+        id: str = "",
+        predecessor: str = "",
+        active: Path | None = None,
+        grace: float = GRACE,
+    ) -> None:
+        """Say what the node serves.
+
+        Args:
+            predecessor: id of a node that is known to be dead: what it held is returned at once.
+            active: a file whose time is set whenever there is work.
+            grace: seconds that running tasks get when the node is asked to stop.
+        """
+        self.id = id or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
+        self.queue = queue
+        self.slots = slots
+        self._config = config
+        self._predecessor = predecessor
+        self._active = active
+        self._grace = grace
+        self._started = time.time()
+        self._done = 0
+        self._leases: dict[str, Lease] = {}
+        self._leases_lock = threading.Lock()
+        self._outbox: collections.deque[Callable[[], object]] = collections.deque()
+        self._singles: dict[str, collections.deque[int]] = {}
+        #: Something may lie in the line of ready chunks: the bell has rung, or the last look found all it could take.
+        self._may_take = True
+        self._stopping = threading.Event()
+        self._stop_at = float("inf")
+        self._home = tempfile.TemporaryDirectory(prefix="yadtq-node-")
+        self._directory = Path(self._home.name)
+        self._blobs = BlobFiles(self._directory / "blobs")
+        self.pool = SlotPool(slots=slots, secret=config.key, node=self.id, directory=self._directory)
+        self._processes: dict[int, psutil.Process] = {}
+
+    # Life.
+
+    def run(self, ready: Callable[[], None] = lambda: None) -> None:
+        """Serve until asked to stop. ready is called once the node can be given work.
+
+        Raises:
+            BacklogError, WorkbenchError: a server cannot be reached at the start.
+        """
+        # First of all: the template starts while this process imports and connects.
+        self.pool.start()
+        try:
+            self._connect()
+            ready()
+            self._serve()
+        finally:
+            self._close()
+
+    def stop(self) -> None:
+        """Ask the node to finish or give back what it holds; a second time: at once. Safe in a signal handler."""
+        self._stop_at = 0.0 if self._stopping.is_set() else time.monotonic() + self._grace
+        self._stopping.set()
+        self.pool.wake()
+
+    def _connect(self) -> None:
+        config, queue = self._config, self.queue
+        self._bench = Workbench(config, queue, self.id)
+        topic = ensure_topics(config, queue)
+        self._publisher = Publisher(config, queue, topic)
+        self._heart = Heart(
+            config,
+            Workbench(config, queue, self.id),
+            topic.partitions,
+            info=self._info,
+            leases=self._held,
+            polls=lambda: self._feeder.is_polling(),
+            heard=self._hear,
+            reaped=self._tell_reaped,
+        )
+        self._feeder = self._make_feeder(topic)
+        self._heart.beat()
+        if self._predecessor:
+            self._heart.reap(self._predecessor)
+        self._heart.start()
+        self._feeder.start()
+        self._bell = threading.Thread(target=self._listen, name="yadtq-bell", daemon=True)
+        self._bell.start()
+        self._publisher.send_event("node started", node=self.id, host=socket.gethostname(), slots=self.slots)
+
+    def _make_feeder(self, topic: Topic) -> Feeder:
+        return Feeder(
+            self._config,
+            self.queue,
+            topic,
+            Workbench(self._config, self.queue, self.id),
+            restore=lambda: restore_jobs(self._config, self.queue, replay_jobs(self._config, self.queue)),
+            reserve=lambda n: 0 if self._stopping.is_set() else self.pool.reserve(n),
+            unreserve=self._unreserve,
+            start=self._start,
+            refuse=self._refuse,
+            slots=self.slots,
+        )
+
+    def _serve(self) -> None:
+        while not (self._stopping.is_set() and (not self._leases or time.monotonic() >= self._stop_at)):
+            if self._may_take and not self._stopping.is_set():
+                self._take()
+            wait = _PAUSE if self._outbox or self._stopping.is_set() else 60.0
+            for event in self.pool.poll(wait):
+                if isinstance(event, Outcomes):
+                    self._finish(event)
+                else:
+                    self._bury(event)
+            self._send_outbox()
+
+    def _close(self) -> None:
+        if not hasattr(self, "_bell"):
+            self.pool.stop(0.0)
+            self._home.cleanup()
+            return
+        self._stopping.set()
+        self._feeder.close()
+        self._heart.close()
+        self.pool.stop(0.0)
+        with contextlib.suppress(WorkbenchError):
+            for lease in list(self._leases.values()):
+                self._bench.release(lease)
+            self._bench.beat(self._info("stopped"), 1, [], polls=False)
+        self._bell.join()
+        self._publisher.send_event("node stopped", node=self.id)
+        self._publisher.close(1.0)
+        self._bench.close()
+        self._home.cleanup()
+
+    # Taking and running.
+
+    def _take(self) -> None:
+        """Fill free slots from the line of ready chunks, whoever fed them."""
+        free = self.pool.reserve(self.slots)
+        if not free:
+            return
+        leases: list[Lease] = []
+        # Before looking: a bell that rings meanwhile must not be forgotten.
+        self._may_take = False
+        try:
+            leases = self._bench.take(free)
+            if len(leases) == free:
+                self._may_take = True
+        except (NotLiveError, CodecError):
+            log.warning("nothing could be taken", exc_info=True)
+        except WorkbenchError as exc:
+            log.warning("taking waits: %s", exc)
+        self.pool.unreserve(free - len(leases))
+        for lease in leases:
+            self._start(lease, self._bench)
+
+    def _unreserve(self, count: int) -> None:
+        """Give back what the feeder had claimed; the main thread may have found no slot meanwhile."""
+        self.pool.unreserve(count)
+        if count and self._may_take:
+            self.pool.wake()
+
+    def _start(self, lease: Lease, workbench: Workbench) -> None:
+        """Run a leased chunk in a reserved slot. Called by the main thread and by the feeder."""
+        with self._leases_lock:
+            self._leases[lease.head.id] = lease
+        hopeless = [offset for offset, times in lease.crashes.items() if times >= self._config.max_crashes]
+        hopeless = [offset for offset in hopeless if offset not in lease.done]
+        left = [o for o in range(lease.head.count) if o not in lease.done and o not in hopeless]
+        try:
+            if hopeless:
+                crashes = {offset: lease.crashes[offset] for offset in hopeless}
+                self._post(lease, hopeless, *crash.outcome(self._config.key, self.id, lease, crashes, "its node died"))
+            if not left:
+                self._drop(lease)
+                self.pool.unreserve(1)
+            elif lease.lapses and len(left) > 1:
+                # A node has died over this chunk: one task at a time, so that the next death is charged rightly.
+                self._singles[lease.head.id] = collections.deque(left)
+                self._run_next_single(lease, workbench)
+            else:
+                self._run(lease, workbench, lease.done.union(hopeless))
+        except (TaskError, WorkbenchError) as exc:
+            self.pool.unreserve(1)
+            self._fail(lease, left, exc)
+
+    def _run(self, lease: Lease, workbench: Workbench, skip: frozenset[int]) -> None:
+        head = lease.head
+        function = None if head.function_size else self._blobs.path(head.function, workbench)
+        tree = self._blobs.path(head.environment.tree, workbench) if head.environment.tree else None
+        arguments = self._blobs.path(_arguments(lease), workbench) if head.by_reference else None
+        self.pool.run(lease, function_path=function, tree_path=tree, arguments_path=arguments, skip=skip)
+
+    def _run_next_single(self, lease: Lease, workbench: Workbench) -> None:
+        offset = self._singles[lease.head.id].popleft()
+        workbench.mark(lease, offset)
+        others = frozenset(o for o in range(lease.head.count) if o != offset)
+        self._run(lease, workbench, others)
+
+    # What slots tell.
+
+    def _finish(self, event: Outcomes) -> None:
+        lease, id = event.lease, event.lease.head.id
+        self._done += len(event.states)
+        if event.states:
+            self._post(lease, event.offsets, event.states, event.frame)
+        if not event.last:
+            return
+        if self._singles.get(id):
+            self.pool.reserve(1)
+            self._send_outbox()
+            try:
+                self._run_next_single(lease, self._bench)
+            except (TaskError, WorkbenchError) as exc:
+                self.pool.unreserve(1)
+                self._fail(lease, list(self._singles.pop(id)), exc)
+            return
+        self._drop(lease)
+
+    def _bury(self, event: Died) -> None:
+        """A slot has died: charge the task that ran in it, and let its chunk-mates go on elsewhere."""
+        lease = event.lease
+        self._publisher.send_event("slot died", node=self.id, reason=event.reason, chunk=lease and lease.head.id)
+        if lease is None:
+            return
+        offset = next((o for o in range(lease.head.count) if o not in lease.done), 0)
+        offset = event.offset if event.offset is not None else offset
+        times = lease.crashes.get(offset, 0) + 1
+        if times < self._config.max_crashes:
+            self._outbox.append(lambda: self._bench.release(lease, crashed=offset))
+        else:
+            states, frame = crash.outcome(self._config.key, self.id, lease, {offset: times}, event.reason, event.stderr)
+            self._post(lease, [offset], states, frame)
+            self._outbox.append(lambda: self._bench.release(lease))
+        self._drop(lease)
+
+    def _fail(self, lease: Lease, offsets: list[int], error: Exception) -> None:
+        """End tasks that cannot even be started."""
+        if isinstance(error, TaskError):
+            self._post(lease, offsets, *crash.refusal(self._config.key, self.id, lease, offsets, error))
+        else:
+            self._outbox.append(lambda: self._bench.release(lease))
+        self._drop(lease)
+        self.pool.wake()
+
+    def _post(self, lease: Lease, offsets: range | list[int], states: bytes, frame: bytes) -> None:
+        """Put outcomes in the outbox: what a slot has done is not lost while Redis is away."""
+        self._outbox.append(lambda: self._bench.finish(lease, offsets, states, frame))
+        self.pool.wake()
+
+    def _send_outbox(self) -> None:
+        while self._outbox:
+            try:
+                self._outbox[0]()
+            except WorkbenchError as exc:
+                log.warning("outcomes wait: %s", exc)
+                return
+            self._outbox.popleft()
+
+    def _drop(self, lease: Lease) -> None:
+        with self._leases_lock:
+            self._leases.pop(lease.head.id, None)
+        self._singles.pop(lease.head.id, None)
+        if lease.head.by_reference:
+            self._blobs.drop(_arguments(lease))
+
+    # What the heart asks and hears.
+
+    def _held(self) -> list[tuple[Lease, int]]:
+        """Leases with the offset that runs now, or -1."""
+        running = self.pool.running()
+        with self._leases_lock:
+            return [(lease, running[id][1] if id in running else -1) for id, lease in self._leases.items()]
+
+    def _hear(self, heard: Heard, marks: dict[int, int]) -> None:
+        self._feeder.share(heard.shares, marks)
+        if heard.ready and not self._may_take:
+            self._may_take = True
+            self.pool.wake()
+        if self._active is not None and (self._leases or heard.ready):
+            self._active.touch()
+        self._publisher.send_event("heartbeat", node=self.id, leases=len(self._leases), ready=heard.ready)
+
+    def _tell_reaped(self, lapsed: list[tuple[str, str]]) -> None:
+        for chunk, node in lapsed:
+            self._publisher.send_event("lease lapsed", chunk=chunk, node=node, by=self.id)
+        self._may_take = True
+        self.pool.wake()
+
+    def _refuse(self, record: Record, error: CodecError) -> None:
+        log.error("partition %d, offset %d is refused: %s", record.partition, record.offset, error)
+        self._publisher.send_event(
+            "record refused", node=self.id, partition=record.partition, offset=record.offset, reason=str(error)
+        )
+
+    def _listen(self) -> None:
+        """Wake the others whenever the bell rings."""
+        bench, position = Workbench(self._config, self.queue, self.id), "0-0"
+        while not self._stopping.is_set():
+            try:
+                rung = bench.wait_for_bell(position, 1.0)
+            except WorkbenchError:
+                self._stopping.wait(_PAUSE)
+                continue
+            if rung != position:
+                position = rung
+                self._feeder.ring()
+                self._may_take = True
+                self.pool.wake()
+        bench.close()
+
+    def _info(self, status: str = "") -> WorkerInfo:
+        running = self.pool.running()
+        jobs = collections.Counter(lease.head.job for lease, _ in running.values())
+        cpu, memory = self._usage()
+        return WorkerInfo(
+            id=self.id,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            slots=self.slots,
+            busy=len(running),
+            done=self._done,
+            started=self._started,
+            python=f"{sys.version_info.major}.{sys.version_info.minor}",
+            cpu=cpu,
+            memory=memory,
+            running=dict(jobs),
+            status=status or ("stopping" if self._stopping.is_set() else "live"),
+        )
+
+    def _usage(self) -> tuple[float, int]:
+        pids = [os.getpid(), *self.pool.pids()]
+        self._processes = {
+            pid: self._processes.get(pid) or psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)
+        }
+        cpu, memory = 0.0, 0
+        for process in self._processes.values():
+            with contextlib.suppress(psutil.Error):
+                cpu += process.cpu_percent()
+                memory += process.memory_info().rss
+        return round(cpu, 1), memory
+
+
+def _arguments(lease: Lease) -> str:
+    """Name of the blob that holds a chunk's arguments."""
+    return f"{lease.head.job}-{lease.head.number}"
+
+
+def serve(
+    config: Config,
+    *,
+    queue: str,
+    slots: int,
+    id: str = "",
+    predecessor: str = "",
+    active: Path | None = None,
+    ready: Callable[[Node], None] = lambda _: None,
+) -> None:
+    """Run a node in this process until SIGTERM or Ctrl-C.
+
+    Raises:
+        BacklogError, WorkbenchError: a server cannot be reached at the start.
+    """
+    node = Node(config, queue, slots, id=id, predecessor=predecessor, active=active)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: node.stop())
+    node.run(lambda: ready(node))
+
+
+__all__ = ["BacklogError", "Node", "serve"]

@@ -1,0 +1,40 @@
+"""Filling an emptied workbench again from the jobs topic, before any chunk is fed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from yadtq_nb import journal
+from yadtq_nb.config import Config
+from yadtq_nb.errors import CodecError
+from yadtq_nb.workbench.jobs import JobStore
+
+log = logging.getLogger(__name__)
+
+
+def restore_jobs(config: Config, queue: str, entries: Iterable[tuple[str, bytes | None]]) -> None:
+    """Write manifests, seals and blobs to the workbench; what is there already stays as it is.
+
+    Raises:
+        BacklogError, WorkbenchError: a server cannot be reached.
+    """
+    store = JobStore(config, queue)
+    try:
+        for key, value in entries:
+            if value is not None:
+                try:
+                    _restore(store, journal.decode(config.key, key, value))
+                except CodecError as exc:
+                    log.error("entry %s of the jobs topic is passed by: %s", key, exc)
+    finally:
+        store.close()
+
+
+def _restore(store: JobStore, entry: journal.Entry) -> None:
+    if isinstance(entry, journal.Blob):
+        store.put_blob(entry.name, entry.data)
+    elif isinstance(entry, journal.Manifest):
+        store.create(entry)
+    else:
+        store.seal(entry)
