@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import psutil
 import pytest
@@ -382,7 +383,7 @@ def test_killed_slot_is_reported_with_its_offset_and_replaced(run: Run, tmp_path
 
     def hang(x: int) -> None:
         if x == 2:
-            print("about to hang", file=sys.stderr)
+            sys.stderr.write("about to hang\n")
             mark.write_text(f"{os.getpid()}\n")
             time.sleep(60)
 
@@ -549,7 +550,7 @@ def test_nothing_outlives_a_killed_node(tmp_path: Path, signum: signal.Signals) 
 def test_group_wide_sigterm_leaves_running_work_to_the_node(run: Run, tmp_path: Path) -> None:
     mark, gate = tmp_path / "pid", tmp_path / "gate"
 
-    def wait(x: int) -> int:
+    def wait(_: int) -> int:
         mark.write_text(f"{os.getpid()}\n")
         while not gate.exists():
             time.sleep(0.01)
@@ -688,7 +689,7 @@ def test_matrices_can_be_multiplied_in_a_slot(run: Run) -> None:
 def test_a_tasks_overhead_in_a_chunk_is_below_a_microsecond(run: Run) -> None:
     seconds = []
     for number in range(10):
-        run.outcomes(make_lease(lambda x: None, list(range(1000)), number=number))
+        run.outcomes(make_lease(lambda _: None, list(range(1000)), number=number))
         seconds.append(sum(array("d", segments(run.events)[-1].seconds)))
     assert min(seconds) < 1e-3  # measured 0.2 ms; a shared machine gets some room
 
@@ -723,6 +724,25 @@ def test_edited_module_is_never_stale(run: Run, tmp_path: Path, host: str) -> No
         environment, tree = tree_of(root, answer, host)
         lease = make_lease(answer, [0], environment=environment)
         assert run.outcomes(lease, tree_path=sealed(tree, tmp_path)) == {0: version}
+
+
+def test_work_without_local_modules_shares_a_slot_with_work_that_has_them(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "shared_module.py").write_text("")
+
+    def pid(_: int) -> int:
+        import shared_module  # noqa: F401
+
+        return os.getpid()
+
+    environment, tree = tree_of(tmp_path, pid, HERE)
+    plain = msgspec.structs.replace(environment, tree="", tree_root="")
+    pids = set()
+    for _ in range(3):
+        pids |= set(
+            run.outcomes(make_lease(pid, [0], environment=environment), tree_path=sealed(tree, tmp_path)).values()
+        )
+        pids |= set(run.outcomes(make_lease(lambda _: os.getpid(), [0], environment=plain)).values())
+    assert len(pids) == 1
 
 
 def test_module_edited_after_the_job_was_sent_runs_as_it_was(run: Run, tmp_path: Path) -> None:
