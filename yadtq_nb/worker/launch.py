@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -128,7 +129,8 @@ class Template:
             self._process.kill()
             status = self._process.wait()
         # Only needed when the template could not see to it, but it is better to be sure.
-        while left := processes.marked(self._mark):
+        until = time.monotonic() + _END  # a process stuck in the kernel is left
+        while (left := processes.marked(self._mark)) and time.monotonic() < until:
             for pid in left:
                 processes.kill(pid)
         return processes.describe(-status if status < 0 else status << 8)
