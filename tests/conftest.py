@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import stacks
+from stacks import MakeCluster
 
-from tests import stacks
 from yadtq_nb.local import LocalCluster
 
 _numbers = itertools.count(1)
@@ -47,9 +48,6 @@ def queue_name(request: pytest.FixtureRequest) -> str:
     """A name that no other test has: jobs, chunks and workers of other tests are not seen under it."""
     readable = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower())[:40].strip("-")
     return f"{readable}-{next(_numbers)}"
-
-
-MakeCluster = Callable[..., LocalCluster]
 
 
 @pytest.fixture

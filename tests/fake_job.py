@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 from yadtq_nb.model import JobState, Progress, WorkerInfo, WorkerView
 
@@ -22,6 +23,8 @@ class FakeJob:
         self.workers = workers
         self.errors = errors
         self.broken: Exception | None = None
+        #: Seconds that a look takes, as from a server far away.
+        self.delay = 0.0
         #: How often it was looked at.
         self.looks = 0
         self._changed = threading.Condition()
@@ -36,6 +39,7 @@ class FakeJob:
     def progress(self) -> Progress:
         if self.broken is not None:
             raise self.broken
+        time.sleep(self.delay)
         with self._changed:
             self.looks += 1
             self._changed.notify_all()

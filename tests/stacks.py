@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -21,11 +21,13 @@ import msgspec
 import pytest
 
 from yadtq_nb.config import Config
-from yadtq_nb.local import servers
+from yadtq_nb.local import LocalCluster, servers
 from yadtq_nb.local.home import Home
 from yadtq_nb.local.keeper import answers
 
 StackName = Literal["local", "kafka", "testcontainers"]
+#: What the fixture make_cluster gives: LocalCluster on the session's servers.
+MakeCluster = Callable[..., LocalCluster]
 
 ROOT = Path(__file__).parents[1]
 LIBS = ROOT / ".cache" / "kafka" / "libs"

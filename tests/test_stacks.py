@@ -6,12 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import stacks
 from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 from redis import Redis
-
-from tests import stacks
-from tests.conftest import MakeCluster
+from stacks import MakeCluster
 
 FAKE = Path(__file__).with_name("fake_worker.py")
 

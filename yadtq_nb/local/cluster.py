@@ -204,13 +204,12 @@ class LocalCluster:
                         queue=self._queue,
                         slots=slots,
                         name=worker.name,
+                        grace=_NODE_GRACE,
                         command=worker_command,
                     )
                 )
             self._home.write_settings(chosen)
-            servers.write_plan(
-                self._home, parts, idle=None, restart_nodes=restart, ephemeral=True, node_grace=_NODE_GRACE
-            )
+            servers.write_plan(self._home, parts, idle=None, restart_nodes=restart, ephemeral=True)
             try:
                 self._keeper = servers.start_keeper(self._home, owner=self._owner)
             except servers.ServerDiedError as exc:  # perhaps its port was taken: try others
@@ -226,7 +225,7 @@ class LocalCluster:
         identity = Identity(broker_port, store_port, secrets.token_hex(32), secrets.token_hex(32))
         parts = [
             servers.broker(self._home, broker_port),
-            servers.store(self._home, store_port, identity.password),
+            servers.store(self._home, store_port, identity.password, grace=0.0),
         ]
         return identity.settings(), parts
 

@@ -352,21 +352,22 @@ class Keeper:
     def _stop_all(self) -> None:
         log(f"stops: {self.reason}")
         self._write_state()
-        self._end([part for part in self.parts if part.is_node], self.plan["node_grace"])
-        self._end([part for part in self.parts if not part.is_node], self.plan["server_grace"])
+        self._end([part for part in self.parts if part.is_node])
+        self._end([part for part in self.parts if not part.is_node])
         sweep("YADTQ_STACK", str(self.directory))
         self._reap()
         self._write_state(stopped=True)
         if self.plan["ephemeral"]:
             shutil.rmtree(self.directory, ignore_errors=True)
 
-    def _end(self, parts: list[Part], grace: float) -> None:
-        deadline = time.monotonic() + grace
+    def _end(self, parts: list[Part]) -> None:
+        """Ask parts to end, and kill each that has not when its grace is over."""
+        asked = time.monotonic()
         for part in parts:
             self._signal(part, signal.SIGTERM)
         while any(part.pid for part in parts):
-            if time.monotonic() >= deadline:
-                for part in parts:
+            for part in parts:
+                if time.monotonic() >= asked + part.spec["grace"]:
                     self._signal(part, signal.SIGKILL)
             self._pump(0.01)
             self._reap()

@@ -25,8 +25,9 @@ from yadtq_nb.local.home import Home
 #: that range may end up connected to itself, and then the server cannot have its port back.
 _PORTS: Final = range(15_000, 32_000)
 _KEEPER: Final = Path(__file__).with_name("keeper.py")
-#: The broker takes 5 s to end while clients are connected, for nothing: its topics are in memory.
-_SERVER_GRACE: Final = 1.0
+#: Seconds that the broker gets to end in order: while clients are connected it takes 5, for nothing, since its topics
+#: are in memory.
+_BROKER_GRACE: Final = 0.1
 #: What a worker node is started by.
 WORKER: Final = (sys.executable, "-m", "yadtq_nb.worker")
 
@@ -53,13 +54,14 @@ def broker(home: Home, port: int) -> dict[str, Any]:
         ],
         "env": {},  # Tansu takes options from the environment, under names as common as CLUSTER_ID
         "cwd": str(home.path),
+        "grace": _BROKER_GRACE,
         "port": port,
         "ask": _ASK_BROKER.hex(),
         "expect": _BROKER_ANSWERS.hex(),
     }
 
 
-def store(home: Home, port: int, password: str) -> dict[str, Any]:
+def store(home: Home, port: int, password: str, *, grace: float = 10.0) -> dict[str, Any]:
     """Return the plan of the store, and write its configuration.
 
     Raises:
@@ -82,6 +84,7 @@ def store(home: Home, port: int, password: str) -> dict[str, Any]:
         "argv": [_store_binary(), str(settings)],
         "env": {},
         "cwd": str(home.path),
+        "grace": grace,  # it writes what it has to disk
         "port": port,
         "ask": f"AUTH {password}\r\nPING\r\n".encode().hex(),
         "expect": b"+PONG".hex(),  # while it loads its file it says -LOADING
@@ -95,14 +98,16 @@ def node(
     slots: int,
     name: str = "node-1",
     predecessor: str = "",
+    grace: float = 6.0,
     command: Sequence[str] = WORKER,
 ) -> dict[str, Any]:
-    """Return the plan of a worker node; the keeper adds its id."""
+    """Return the plan of a worker node, which gives its tasks 5 s to end; the keeper adds its id."""
     return {
         "name": name,
         "argv": [*command, "--queue", queue, "--slots", str(slots)],
         "env": {"YADTQ_CONFIG": str(home.config), "YADTQ_ACTIVE": str(home.active), **_python_path()},
         "cwd": str(home.path),
+        "grace": grace,
         "queue": queue,
         "slots": slots,
         "predecessor": predecessor,
@@ -117,7 +122,6 @@ def write_plan(
     after_crash: bool = False,
     restart_nodes: bool = True,
     ephemeral: bool = False,
-    node_grace: float = 5.0,
 ) -> None:
     """Write what the keeper is to do.
 
@@ -128,7 +132,6 @@ def write_plan(
         after_crash: look for processes of this stack that outlived its last keeper, and kill them first.
         restart_nodes: start nodes that died again.
         ephemeral: remove the directory in the end.
-        node_grace: seconds that nodes have to end.
     """
     plan = {
         "parts": parts,
@@ -136,8 +139,6 @@ def write_plan(
         "after_crash": after_crash,
         "restart_nodes": restart_nodes,
         "ephemeral": ephemeral,
-        "node_grace": node_grace,
-        "server_grace": _SERVER_GRACE,
     }
     home.write(home.plan, json.dumps(plan).encode())
     home.active.touch(mode=0o600)

@@ -21,7 +21,7 @@ PARTITIONS: Final = 4
 #: How often new ports are tried when another process took them in the meantime.
 _PORT_ATTEMPTS: Final = 3
 _START_TIMEOUT: Final = 30.0
-_STOP_TIMEOUT: Final = 15.0
+_STOP_TIMEOUT: Final = 20.0
 #: A process of a recorded pid is the one that was recorded if it started at most this much apart, in seconds.
 _SAME_START: Final = 2.0
 

@@ -11,9 +11,8 @@ from typing import Any
 import anywidget
 import traitlets
 
-from yadtq_nb.notebook.markup import STATIC, as_html
+from yadtq_nb.notebook.markup import STATIC, static_bundle
 from yadtq_nb.notebook.snapshot import Snapshot
-from yadtq_nb.notebook.text import as_text
 
 #: The parts of a snapshot that have a trait of their own: many workers are sent less often than the counts.
 _WORKER_KEYS = ("workers", "more_workers")
@@ -37,11 +36,6 @@ def parts(shown: Snapshot) -> dict[str, dict[str, Any]]:
         "snapshot": {key: value for key, value in shown.items() if key not in _WORKER_KEYS},
         "workers": {key: value for key, value in shown.items() if key in _WORKER_KEYS},
     }
-
-
-def static_bundle(shown: Snapshot) -> dict[str, Any]:
-    """Return the forms that need no kernel: HTML and text."""
-    return {"text/html": as_html(shown), "text/plain": as_text(shown)}
 
 
 def live_bundle(shown: Snapshot, card: Card) -> tuple[dict[str, Any], Mapping[str, Any]]:

@@ -23,7 +23,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from yadtq_nb.errors import YadtqError
-from yadtq_nb.notebook.card import Card, live_bundle, parts, static_bundle
+from yadtq_nb.notebook.card import Card, live_bundle, parts
+from yadtq_nb.notebook.markup import static_bundle
 from yadtq_nb.notebook.snapshot import JobLike, Snapshot, plain, snapshot
 
 #: Seconds between two looks at the job.
@@ -201,10 +202,10 @@ def without_clocks(value: Any) -> Any:
     return [without_clocks(item) for item in value] if isinstance(value, list) else value
 
 
-def _publish(data: dict[str, Any], metadata: Mapping[str, Any], display_id: str, *, update: bool = False) -> None:
+def _publish(data: Mapping[str, Any], metadata: Mapping[str, Any], display_id: str, *, update: bool = False) -> None:
     from IPython.display import display
 
-    display(data, metadata=dict(metadata), raw=True, display_id=display_id, update=update)  # type: ignore[no-untyped-call]  # IPython does not type it
+    display(dict(data), metadata=dict(metadata), raw=True, display_id=display_id, update=update)  # type: ignore[no-untyped-call]  # IPython does not type it
 
 
 def _in_kernel() -> bool:

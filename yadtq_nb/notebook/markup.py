@@ -16,6 +16,7 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 
 from yadtq_nb.notebook import words
 from yadtq_nb.notebook.snapshot import MoreWorkers, Snapshot, WorkerRow
+from yadtq_nb.notebook.text import as_text
 
 STATIC: Final = Path(__file__).parent / "static"
 
@@ -39,6 +40,11 @@ def as_html(shown: Snapshot, *, now: datetime | None = None) -> str:
         _element(errors, "div", "error", line)
     _element(root, "div", "note", _note(shown, now or datetime.now(UTC)))
     return tostring(root, encoding="unicode", method="html")
+
+
+def static_bundle(shown: Snapshot) -> dict[str, str]:
+    """Return the forms that need no kernel, HTML and text, as `_repr_mimebundle_` gives them."""
+    return {"text/html": as_html(shown), "text/plain": as_text(shown)}
 
 
 def _head(root: Element, shown: Snapshot) -> None:

@@ -1,0 +1,230 @@
+"""Slots, nodes and clients die, on both stacks: every result arrives, each once, and nothing is left running."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import MakeCluster
+from yadtq_nb import LocalCluster, TaskCrashedError
+
+SRC = Path(__file__).parents[1]
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def traced(audit: str, x: int) -> int:
+    """Write down who runs, then take a moment."""
+    with open(audit, "a") as file:
+        file.write(f"{x} {os.getpid()}\n")
+    time.sleep(0.01)
+    return x * x
+
+
+def runs(audit: Path) -> list[tuple[int, int]]:
+    lines = audit.read_text().splitlines() if audit.exists() else []
+    return [(int(x), int(pid)) for x, pid in (line.split() for line in lines)]
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def check_outcomes(job_results: list[int], count: int, succeeded: int) -> None:
+    assert job_results == [x * x for x in range(count)]
+    assert succeeded == count
+
+
+def test_slot_killed_in_the_middle_of_a_map_costs_no_result_and_doubles_none(
+    cluster: LocalCluster, tmp_path: Path
+) -> None:
+    audit = tmp_path / "audit"
+    job = cluster.queue().map(traced, [str(audit)] * 200, range(200), chunksize=10)
+    wait_until(lambda: len(runs(audit)) > 50, "tasks run")
+    os.kill(runs(audit)[-1][1], signal.SIGKILL)
+    results = job.results(timeout=30)
+    check_outcomes(results, 200, job.progress.succeeded)
+    again = [x for x, times in Counter(x for x, _ in runs(audit)).items() if times > 1]
+    assert len(again) <= 10, "only tasks of the chunk that was cut off run again"
+
+
+def test_chunk_mates_of_a_task_that_kills_its_slot_are_not_touched(cluster: LocalCluster) -> None:
+    def segfault(x: int) -> int:
+        if x == 3:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return x
+
+    job = cluster.queue().map(segfault, range(8), chunksize=8)
+    results = job.results(timeout=30, errors="return")
+    assert [x for x in results if isinstance(x, int)] == [0, 1, 2, 4, 5, 6, 7]
+    error = results[3]
+    assert isinstance(error, TaskCrashedError)
+    assert error.index == 3
+    assert "SIGSEGV" in str(error)
+    assert job.to_frame().attempt.tolist() == [1, 1, 1, 2, 1, 1, 1, 1]
+
+
+def test_task_that_kills_its_slot_once_is_tried_again_and_succeeds(cluster: LocalCluster, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+
+    def die_once(_: int) -> str:
+        if not mark.exists():
+            mark.touch()
+            os._exit(3)
+        return "done"
+
+    assert cluster.queue().submit(die_once, 1).result(30) == "done"
+
+
+def test_node_killed_with_its_slots_in_the_middle_of_a_map_costs_no_result(
+    make_cluster: MakeCluster, tmp_path: Path
+) -> None:
+    cluster = make_cluster(slots=1, workers=2, restart=False)
+    audit = tmp_path / "audit"
+    job = cluster.queue().map(traced, [str(audit)] * 200, range(200), chunksize=5)
+    wait_until(lambda: len(runs(audit)) > 40, "tasks run")
+    victim = cluster.workers[0]
+    doomed = [psutil.Process(victim.pid), *descendants(victim.pid)]
+    for process in doomed:
+        process.kill()
+    results = job.results(timeout=60)
+    check_outcomes(results, 200, job.progress.succeeded)
+    workers = cluster.queue().workers()
+    assert sorted(workers.status) == ["live", "lost"]
+    lost = workers[workers.status == "lost"].iloc[0]
+    assert lost.heartbeat_age > 0
+    assert lost.last_heartbeat.timestamp() > time.time() - 60
+
+
+def test_node_that_is_killed_is_started_again_and_its_chunks_are_returned_at_once(
+    make_cluster: MakeCluster, tmp_path: Path
+) -> None:
+    # The lease outlasts the test: only the successor's word can free the chunk.
+    cluster = make_cluster(slots=2, workers=1, settings={"lease": 90.0})
+    audit = tmp_path / "audit"
+    job = cluster.queue().map(traced, [str(audit)] * 200, range(200), chunksize=5)
+    wait_until(lambda: len(runs(audit)) > 40, "tasks run")
+    cluster.workers[0].kill()
+    results = job.results(timeout=30)
+    check_outcomes(results, 200, job.progress.succeeded)
+
+
+def test_task_that_kills_its_node_every_time_ends_as_crashed_and_the_others_are_done(
+    make_cluster: MakeCluster,
+) -> None:
+    cluster = make_cluster(slots=1, workers=2)
+
+    def kill_node(x: int) -> int:
+        if x == 2:
+            for process in psutil.Process().parents():
+                if "yadtq_nb.worker" in process.cmdline() and "--slots" in process.cmdline():
+                    process.kill()
+            time.sleep(30)
+        return x
+
+    job = cluster.queue().map(kill_node, range(5), chunksize=5)
+    results = job.results(timeout=60, errors="return")
+    assert [x for x in results if isinstance(x, int)] == [0, 1, 3, 4]
+    assert isinstance(results[2], TaskCrashedError)
+
+
+def test_more_workers_than_partitions_all_get_work(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(slots=1, workers=3, settings={"partitions": 1})
+
+    def where(_: int) -> int:
+        time.sleep(0.1)
+        return os.getppid()
+
+    assert len(set(cluster.queue().map(where, range(30)).results(timeout=60))) == 3
+
+
+def test_what_a_task_has_started_is_gone_when_its_node_is_killed(make_cluster: MakeCluster, tmp_path: Path) -> None:
+    cluster = make_cluster(slots=1, workers=1, restart=False)
+    note = tmp_path / "pids"
+
+    def start_and_hang(_: int) -> None:
+        plain = subprocess.Popen(["sleep", "300"])
+        away = subprocess.Popen(["sleep", "300"], start_new_session=True)
+        note.with_suffix(".new").write_text(f"{os.getpid()} {plain.pid} {away.pid}")
+        note.with_suffix(".new").rename(note)
+        time.sleep(300)
+
+    cluster.queue().map(start_and_hang, [0])
+    wait_until(note.exists, "the task runs")
+    pids = [int(pid) for pid in note.read_text().split()]
+    assert all(map(psutil.pid_exists, pids))
+    cluster.workers[0].kill()
+    wait_until(lambda: not any(map(_runs, pids)), "what the task has started is still running")
+
+
+def test_client_that_is_killed_right_after_map_loses_nothing_that_it_had_sent(
+    cluster: LocalCluster, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.json"
+    _write_config(config, cluster)
+    script = f"""
+        import os, time
+        from yadtq_nb import Queue
+        def slow(x):
+            time.sleep(0.01)
+            return x
+        job = Queue({cluster.queue().name!r}).map(slow, range(100), name="orphan")
+        while not job._link.store.record(job.id).sealed:
+            time.sleep(0.01)
+        os.kill(os.getpid(), 9)
+    """
+    done = _run(script, config)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert cluster.queue().job("orphan").results(timeout=30) == list(range(100))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_node_asked_to_stop_finishes_what_it_runs_and_gives_back_the_rest(
+    make_cluster: MakeCluster, tmp_path: Path, count: int
+) -> None:
+    cluster = make_cluster(slots=1, workers=count + 1)
+    audit = tmp_path / "audit"
+    job = cluster.queue().map(traced, [str(audit)] * 150, range(150), chunksize=3)
+    wait_until(lambda: len(runs(audit)) > 20, "tasks run")
+    for worker in cluster.workers[:count]:
+        worker.stop()
+    results = job.results(timeout=60)
+    check_outcomes(results, 150, job.progress.succeeded)
+    assert len(runs(audit)) == 150, "a node that stops in peace runs nothing twice"
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _write_config(path: Path, cluster: LocalCluster) -> None:
+    import msgspec
+
+    path.write_bytes(msgspec.json.encode(cluster.config))
+
+
+def _run(script: str, config: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "YADTQ_CONFIG": str(config), "PYTHONPATH": str(SRC)}
+    file = config.with_name("script.py")
+    file.write_text(textwrap.dedent(script))
+    return subprocess.run(
+        [sys.executable, str(file)], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )

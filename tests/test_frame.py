@@ -1,0 +1,190 @@
+"""A job as a DataFrame: a row for each item, columns of real dtypes."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import namedtuple
+from typing import Any
+
+import msgspec
+import numpy as np
+import pandas as pd
+import pytest
+
+from yadtq_nb.client.frame import MAX_COLUMNS, META_COLUMNS, build_frame
+from yadtq_nb.model import State
+
+Point = namedtuple("Point", "x y")
+
+
+@dataclasses.dataclass
+class Score:
+    accuracy: float
+    parts: list[int]
+
+
+class Packed(msgspec.Struct):
+    low: int
+    high: int
+
+
+def _frame(items: list[Any] | None, values: list[Any], states: Any = None, **named: Any) -> pd.DataFrame:
+    number = len(values)
+    plain = {
+        "errors": {},
+        "workers": ["w-1"] * number,
+        "started": np.full(number, 1_700_000_000.25),
+        "seconds": np.full(number, 0.5),
+        "attempts": np.ones(number, dtype=np.uint16),
+    }
+    return build_frame(items, values, b"S" * number if states is None else states, **{**plain, **named})
+
+
+def test_scalars_give_one_input_and_one_value_column() -> None:
+    frame = _frame([1, 2], [0.5, 1.5])
+    assert list(frame.columns) == ["input", "value", *META_COLUMNS]
+    assert frame.index.name == "index"
+    assert frame.dtypes["input"] == np.int64
+    assert frame.dtypes["value"] == np.float64
+    assert frame.dtypes["attempt"] == np.int64
+    assert frame["started"].iloc[0] == pd.Timestamp("2023-11-14 22:13:20.25", tz="UTC")
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        ([1, 2], "int64"),
+        ([1, 2.5], "float64"),
+        ([True, False], "bool"),
+        ([np.int64(1), 2], "int64"),
+        ([np.float64(1), np.nan], "float64"),
+        ([1, None], "Int64"),
+        ([True, None], "boolean"),
+        ([0.5, None], "float64"),
+        ([2**63, None], "UInt64"),
+        ([2**70, 1], "object"),
+        ([1, "one"], "object"),
+        ([None, None], "float64"),
+    ],
+)
+def test_dtype_is_the_narrowest_real_one(values: list[Any], dtype: str) -> None:
+    assert str(_frame(None, values).dtypes["value"]) == dtype
+
+
+def test_strings_and_times_get_their_own_dtypes() -> None:
+    assert _frame(None, ["a", None])["value"].isna().tolist() == [False, True]
+    if int(pd.__version__.split(".")[0]) >= 3:
+        assert _frame(None, ["a", "b"]).dtypes["value"] == "str"
+    assert _frame(None, [pd.Timestamp("2024-01-01"), None]).dtypes["value"].kind == "M"
+    assert not any(dtype.kind == "O" and dtype.name == "object" for dtype in _frame(None, [1]).dtypes)
+
+
+def test_failed_rows_are_missing_and_whole_numbers_stay_whole() -> None:
+    frame = _frame(None, [2**60, "what stood here before", 3], b"SFS", errors={1: "ValueError: bad"})
+    assert str(frame.dtypes["value"]) == "Int64"
+    assert frame["value"].tolist() == [2**60, pd.NA, 3]
+    assert frame["state"].tolist() == ["succeeded", "failed", "succeeded"]
+    assert frame["error"].isna().tolist() == [True, False, True]
+    assert frame["error"][1] == "ValueError: bad"
+
+
+def test_task_that_never_started_has_no_times_and_no_worker() -> None:
+    started = np.array([1.7e9, np.nan])
+    states = [State.SUCCEEDED, State.QUEUED]
+    frame = _frame(None, [1, None], states, started=started, seconds=started * 0, workers=["w-1", ""], attempts=[1, 0])
+    assert frame.loc[1, ["started", "seconds", "worker", "value"]].isna().all()
+    assert frame["state"].tolist() == ["succeeded", "queued"]
+
+
+def test_bytes_that_are_no_outcome_mean_queued() -> None:
+    assert _frame(None, [1, None, None], b"S\0C")["state"].tolist() == ["succeeded", "queued", "cancelled"]
+
+
+def test_dicts_become_a_column_for_each_key_on_both_sides() -> None:
+    frame = _frame([{"c": 1, "gamma": 0.5}, {"c": 2}], [{"score": 0.9}, {"score": 0.8, "epochs": 3}])
+    assert list(frame.columns) == ["input_c", "input_gamma", "score", "epochs", *META_COLUMNS]
+    assert frame["epochs"].tolist() == [pd.NA, 3]
+    assert frame["input_gamma"].isna().tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("value", "columns"),
+    [
+        (Point(1, 2), ["x", "y"]),
+        (Score(0.5, [1, 2]), ["accuracy", "parts"]),
+        (Packed(1, 2), ["low", "high"]),
+        ({1: "a", "1": "b"}, ["1", "1_2"]),
+    ],
+)
+def test_records_are_expanded(value: Any, columns: list[str]) -> None:
+    frame = _frame(None, [value, None, value], b"SFS")
+    assert list(frame.columns[: -len(META_COLUMNS)]) == columns
+    assert frame.loc[1, columns].isna().all()
+
+
+def test_what_lies_below_the_top_of_a_record_is_not_copied() -> None:
+    score = Score(0.5, [1, 2])
+    assert _frame(None, [score])["parts"][0] is score.parts
+
+
+@pytest.mark.parametrize("odd", [3, "text", [1, 2], None])
+def test_records_among_other_values_stay_whole(odd: Any) -> None:
+    frame = _frame(None, [{"a": 1}, odd])
+    assert "value" in frame.columns
+    assert frame["value"][0] == {"a": 1}
+
+
+def test_records_with_too_many_keys_stay_whole() -> None:
+    frame = _frame(None, [{str(key): 1 for key in range(MAX_COLUMNS + 1)}])
+    assert list(frame.columns) == ["value", *META_COLUMNS]
+
+
+def test_arrays_lists_and_frames_are_kept_as_they_are() -> None:
+    array, table = np.arange(3), pd.DataFrame({"a": [1, 2]})
+    for whole in (array, table, [1, 2, 3], (1, 2), pd.Series([1, 2]), {1, 2}):
+        frame = _frame([whole, whole], [whole, whole])
+        assert frame["value"][0] is whole
+        assert frame["input"][1] is whole
+
+
+def test_arguments_of_starmap_are_named_by_the_parameters() -> None:
+    frame = _frame([(1, "a"), (2, "b")], [0, 0], style="star", parameters=["seed", "kind"])
+    assert list(frame.columns[:2]) == ["seed", "kind"]
+    assert frame.dtypes["seed"] == np.int64
+
+
+def test_arguments_without_a_known_name_are_numbered() -> None:
+    frame = _frame([(1, 2, 3), (1, 2)], [0, 0], style="star", parameters=["first"])
+    assert list(frame.columns[:3]) == ["first", "input_1", "input_2"]
+    assert frame["input_2"].tolist() == [3, pd.NA]
+
+
+def test_submitted_call_shows_positional_and_named_arguments() -> None:
+    frame = _frame([((1,), {"gamma": 0.5})], [0], style="call", parameters=["c", "gamma"])
+    assert frame.loc[0, ["c", "gamma"]].tolist() == [1, 0.5]
+
+
+def test_names_that_clash_get_a_suffix_and_ours_stay() -> None:
+    frame = _frame([(1, 2)], [{"state": "on", "x": 3, "index": 4}], style="star", parameters=["x", "seconds"])
+    assert list(frame.columns) == ["x", "seconds_input", "state_value", "x_value", "index_value", *META_COLUMNS]
+    frame.reset_index()
+
+
+def test_empty_job_gives_an_empty_frame_with_all_columns() -> None:
+    frame = _frame([], [])
+    assert list(frame.columns) == ["input", "value", *META_COLUMNS]
+    assert len(frame) == 0
+
+
+def test_job_without_inputs_leaves_the_input_columns_out() -> None:
+    assert list(_frame(None, [1]).columns) == ["value", *META_COLUMNS]
+
+
+def test_million_scalars_take_at_most_two_seconds() -> None:
+    number = 1_000_000
+    items, values = list(range(number)), [each * 0.5 for each in range(number)]
+    begun = time.perf_counter()
+    frame = _frame(items, values)
+    assert time.perf_counter() - begun < 2.0
+    assert len(frame) == number

@@ -1,0 +1,376 @@
+"""The verbs of the workbench: each rule with the crash that needs it. Real Valkey; the tests play the nodes."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable, Iterator
+
+import msgspec
+import pytest
+
+from tests import stacks
+from yadtq_nb import codec
+from yadtq_nb.config import Config
+from yadtq_nb.model import ChunkHead, Environment, Lease, Manifest, Seal, Segment, WorkerInfo
+from yadtq_nb.workbench.bench import Batch, Cursor, NotLiveError, Share, Workbench
+from yadtq_nb.workbench.jobs import JobStore
+
+TOPIC = "topic-1"
+LEASE = 0.4
+
+
+class Bench:
+    """A queue on the session's store, with nodes that are made by naming them."""
+
+    def __init__(self, config: Config, queue: str) -> None:
+        self.config = config
+        self.queue = queue
+        self.store = JobStore(config, queue)
+        self.nodes: dict[str, Workbench] = {}
+        self.offsets = 0
+
+    def node(self, name: str) -> Workbench:
+        if name not in self.nodes:
+            self.nodes[name] = Workbench(self.config, self.queue, name)
+        return self.nodes[name]
+
+    def beat(self, name: str, *leases: Lease, polls: bool = False, partitions: int = 4) -> list[Share]:
+        info = WorkerInfo(name, "host", 1, 2, 0, 0, 0.0, "3.11")
+        held = [(lease, 0) for lease in leases]
+        return self.node(name).beat(info, partitions, held, polls=polls).shares
+
+    def lost(self, name: str, *leases: Lease) -> list[str]:
+        info = WorkerInfo(name, "host", 1, 2, 0, 0, 0.0, "3.11")
+        return self.node(name).beat(info, 4, [(lease, 0) for lease in leases], polls=False).lost
+
+    def start(self, partition: int = 0) -> None:
+        self.node("a").init(partition, None, Cursor(TOPIC, 0))
+
+    def head(self, number: int, count: int = 1, job: str = "job") -> ChunkHead:
+        return ChunkHead(
+            job, number, number * count, count, "f", "fn", 0, "item", False, Environment(), job_name=job, created=1.0
+        )
+
+    def batch(self, *heads: ChunkHead, at: int | None = None, partition: int = 0, topic: str = TOPIC) -> Batch:
+        first = self.offsets if at is None else at
+        chunks = [
+            (first + n, head, codec.encode_chunk(self.config.key, head, b"", codec.dumps([0] * head.count)))
+            for n, head in enumerate(heads)
+        ]
+        self.offsets = first + len(heads)
+        return Batch(partition, topic, first, first + len(heads), chunks)
+
+    def frame(self, lease: Lease, offsets: range, states: bytes) -> bytes:
+        head = lease.head
+        segment = Segment(
+            head.job,
+            head.number,
+            head.first + offsets[0],
+            len(offsets),
+            b"",
+            states,
+            {},
+            array("d", [0.0] * len(offsets)).tobytes(),
+            array("d", [0.0] * len(offsets)).tobytes(),
+            "a",
+        )
+        return codec.encode_segment(self.config.key, segment, codec.dumps([1] * states.count(b"S")))
+
+    def finish(self, name: str, lease: Lease, states: bytes = b"S", *, first: int = 0) -> str:
+        offsets = range(first, first + len(states))
+        return self.node(name).finish(lease, offsets, states, self.frame(lease, offsets, states))
+
+    def feed(self, *heads: ChunkHead, free: int = 0, name: str = "a", at: int | None = None) -> list[Lease]:
+        (fed,), leases = self.node(name).feed([self.batch(*heads, at=at)], free)
+        assert fed.status == "fed"
+        return leases
+
+    def reap_until(self, count: int, name: str = "b") -> list[tuple[str, str]]:
+        """Reap as a living node does, until so many leases have lapsed."""
+        lapsed: list[tuple[str, str]] = []
+        deadline = time.monotonic() + 10
+        while len(lapsed) < count:
+            assert time.monotonic() < deadline, "no lease has lapsed"
+            lapsed += self.node(name).reap()
+            time.sleep(0.02)
+        return lapsed
+
+
+@pytest.fixture
+def bench(stack: stacks.Servers, queue_name: str) -> Iterator[Bench]:
+    made = Bench(msgspec.structs.replace(stack.config, lease=LEASE, heartbeat=0.1), queue_name)
+    made.beat("a")
+    made.start()
+    yield made
+    for node in made.nodes.values():
+        node.close()
+    made.store.close()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# Feeding: the cursor fences.
+
+
+@pytest.mark.parametrize("at", [0, 2], ids=["behind", "ahead"])
+def test_batch_that_does_not_begin_at_the_cursor_is_refused_whole(bench: Bench, at: int) -> None:
+    bench.feed(bench.head(0))
+    (fed,), leases = bench.node("a").feed([bench.batch(bench.head(1), at=at)], 1)
+    assert (fed.status, fed.cursor, leases) == ("moved", Cursor(TOPIC, 1), [])
+    assert [lease.head.number for lease in bench.node("a").take(9)] == [0]
+
+
+def test_batch_is_refused_where_there_is_no_cursor(bench: Bench) -> None:
+    (fed,), leases = bench.node("a").feed([bench.batch(bench.head(0), partition=1)], 1)
+    assert (fed.status, fed.cursor, leases) == ("no cursor", None, [])
+
+
+def test_batch_of_an_older_life_of_the_topic_is_refused(bench: Bench) -> None:
+    (fed,), _ = bench.node("a").feed([bench.batch(bench.head(0), topic="topic-0")], 1)
+    assert fed.status == "moved"
+
+
+def test_cursor_is_set_once_and_replaced_only_by_who_has_seen_it(bench: Bench) -> None:
+    seen = Cursor(TOPIC, 0)
+    assert bench.node("a").init(0, None, Cursor(TOPIC, 7)) == seen
+    assert bench.node("a").init(0, seen, Cursor("topic-2", 0)) == Cursor("topic-2", 0)
+    assert bench.node("b").init(0, seen, Cursor("topic-3", 0)) == Cursor("topic-2", 0)
+
+
+def test_one_refused_batch_does_not_hold_up_the_others(bench: Bench) -> None:
+    bench.start(1)
+    wrong = bench.batch(bench.head(0), at=5, partition=0)
+    right = bench.batch(bench.head(1), at=0, partition=1)
+    fed, _ = bench.node("a").feed([wrong, right], 0)
+    assert [one.status for one in fed] == ["moved", "fed"]
+    assert [lease.head.number for lease in bench.node("a").take(9)] == [1]
+
+
+def test_chunk_that_was_sent_twice_runs_once_and_both_records_are_closed_by_its_outcome(bench: Bench) -> None:
+    (lease,) = bench.feed(bench.head(0), bench.head(0), free=2)
+    assert bench.node("a").take(9) == []
+    (share,) = bench.beat("a", lease, polls=True, partitions=1)
+    assert share.low == 0
+    assert bench.finish("a", lease) == "closed"
+    (share,) = bench.beat("a", polls=True, partitions=1)
+    assert share.low == 2
+
+
+def test_chunk_that_is_finished_is_not_run_when_it_is_fed_again(bench: Bench) -> None:
+    (lease,) = bench.feed(bench.head(0), free=1)
+    bench.finish("a", lease)
+    assert bench.feed(bench.head(0), free=1) == []
+    assert bench.node("a").take(9) == []
+
+
+def test_low_mark_stays_before_the_oldest_chunk_that_is_not_finished(bench: Bench) -> None:
+    first, second = bench.feed(bench.head(0), bench.head(1), free=2)
+    bench.finish("a", second)
+    assert bench.beat("a", first, polls=True, partitions=1)[0].low == 0
+    bench.finish("a", first)
+    assert bench.beat("a", polls=True, partitions=1)[0].low == 2
+
+
+def test_feeding_stops_at_the_watermark_and_goes_on_below_it(bench: Bench) -> None:
+    tight = Workbench(msgspec.structs.replace(bench.config, watermark_chunks=1), bench.queue, "a")
+    tight.feed([bench.batch(bench.head(0))], 0)
+    batch = bench.batch(bench.head(1))
+    (fed,), _ = tight.feed([batch], 0)
+    assert (fed.status, fed.cursor) == ("full", Cursor(TOPIC, 1))
+    (lease,) = tight.take(1)
+    bench.finish("a", lease)
+    (fed,), _ = tight.feed([batch], 0)
+    assert fed.status == "fed"
+    tight.close()
+
+
+# Leases: only the living hold them, and only what they name.
+
+
+def test_nothing_is_leased_to_a_node_whose_heartbeat_has_lapsed(bench: Bench) -> None:
+    bench.feed(bench.head(0))
+    bench.node("c")
+    with pytest.raises(NotLiveError):
+        bench.node("c").take(1)
+    with pytest.raises(NotLiveError):
+        bench.node("c").feed([bench.batch(bench.head(1))], 1)
+
+
+def test_two_nodes_never_hold_the_same_chunk(bench: Bench) -> None:
+    bench.beat("b")
+    bench.feed(bench.head(0), bench.head(1))
+    numbers = [lease.head.number for name in ("a", "b") for lease in bench.node(name).take(1)]
+    assert numbers == [0, 1]
+
+
+def test_lease_that_its_node_does_not_name_lapses_uncharged(bench: Bench) -> None:
+    """The reply that granted it was lost: the node lives, and does not know of the chunk."""
+    bench.feed(bench.head(0), free=1)
+    bench.node("b").reap()
+
+    def lapsed() -> bool:
+        bench.beat("a")
+        return bool(bench.node("b").reap())
+
+    wait_until(lapsed)
+    (lease,) = bench.node("a").take(1)
+    assert lease.crashes == {}
+
+
+def test_lease_that_is_named_stays_for_as_long_as_it_is_named(bench: Bench) -> None:
+    (lease,) = bench.feed(bench.head(0), free=1)
+    until = time.monotonic() + 3 * LEASE
+    while time.monotonic() < until:
+        bench.beat("a", lease)
+        assert bench.node("b").reap() == []
+        time.sleep(0.02)
+    assert bench.finish("a", lease) == "closed"
+
+
+def test_chunk_of_a_dead_node_goes_to_another_and_is_charged_to_the_task_that_ran(bench: Bench) -> None:
+    (lease,) = bench.feed(bench.head(0, count=3), free=1)
+    bench.node("a").mark(lease, 2)
+    bench.node("b").reap()
+    assert bench.reap_until(1) == [("job:0", "a")]
+    bench.beat("b")
+    (again,) = bench.node("b").take(1)
+    assert (again.crashes, again.lapses, again.token > lease.token) == ({2: 1}, 1, True)
+
+
+def test_node_that_is_known_to_be_dead_loses_its_leases_at_once(bench: Bench) -> None:
+    bench.feed(bench.head(0), free=1)
+    assert bench.node("b").reap("a") == [("job:0", "a")]
+    assert [view.status for view in bench.store.workers()] == ["lost"]
+
+
+def test_all_leases_are_extended_when_nobody_could_reap_for_longer_than_a_lease(bench: Bench) -> None:
+    """Redis was away: its clients are alive, and long tasks are not to be charged for it."""
+    bench.node("a").reap()
+    (lease,) = bench.feed(bench.head(0), free=1)
+    gone = time.monotonic() + 2 * LEASE
+    wait_until(lambda: time.monotonic() > gone)
+    assert bench.node("b").reap() == []
+    assert bench.lost("a", lease) == []
+
+
+def test_node_is_told_which_of_its_chunks_are_anothers_by_now(bench: Bench) -> None:
+    (lease,) = bench.feed(bench.head(0), free=1)
+    bench.node("b").reap("a")
+    bench.beat("b")
+    bench.node("b").take(1)
+    assert bench.lost("a", lease) == ["job:0"]
+
+
+# Outcomes: the first one wins, and a zombie harms nothing.
+
+
+def test_outcome_that_is_sent_twice_counts_once(bench: Bench) -> None:
+    (lease,) = bench.feed(bench.head(0), free=1)
+    assert bench.finish("a", lease) == "closed"
+    assert bench.finish("a", lease) == "closed"
+    record = bench.store.record("job")
+    assert record is not None
+    assert (record.succeeded, record.running) == (1, 0)
+
+
+def test_failure_without_the_current_token_is_dropped_and_the_healthy_run_goes_on(bench: Bench) -> None:
+    (old,) = bench.feed(bench.head(0), free=1)
+    bench.node("b").reap("a")
+    bench.beat("b")
+    (new,) = bench.node("b").take(1)
+    assert bench.finish("a", old, b"F") == "lapsed"
+    assert bench.node("a").release(old) is False
+    assert bench.finish("b", new, b"S") == "closed"
+    record = bench.store.record("job")
+    assert record is not None
+    assert (record.succeeded, record.failed, record.late) == (1, 0, 1)
+
+
+def test_success_without_the_current_token_counts_if_it_is_the_first(bench: Bench) -> None:
+    (old,) = bench.feed(bench.head(0), free=1)
+    bench.node("b").reap("a")
+    assert bench.finish("a", old, b"S") == "closed"
+    bench.beat("b")
+    assert bench.node("b").take(1) == []
+
+
+def test_parts_of_a_chunk_that_overlap_are_counted_once_and_the_mask_tells_which(bench: Bench) -> None:
+    (lease,) = bench.feed(bench.head(0, count=4), free=1)
+    assert bench.finish("a", lease, b"SS") == "current"
+    assert bench.finish("a", lease, b"SSS", first=1) == "closed"
+    stored = {one.field: one.mask for one in bench.store.outcomes("job", bench.store.fields("job"))}
+    record = bench.store.record("job")
+    assert record is not None
+    assert (record.succeeded, record.late) == (4, 1)
+    assert stored == {"0.0": b"", "0.1": b"011"}
+
+
+def test_chunk_that_is_given_back_keeps_what_is_done(bench: Bench) -> None:
+    (lease,) = bench.feed(bench.head(0, count=3), free=1)
+    bench.finish("a", lease, b"S", first=1)
+    assert bench.node("a").release(lease, crashed=2)
+    (again,) = bench.node("a").take(1)
+    assert (again.done, again.crashes) == (frozenset({1}), {2: 1})
+
+
+def test_job_ends_when_it_is_sealed_and_its_last_outcome_is_there_in_either_order(bench: Bench) -> None:
+    for job, seal_first in (("one", True), ("two", False)):
+        bench.store.create(Manifest(job, job, "fn", 1.0, -1))
+        (lease,) = bench.feed(bench.head(0, job=job), free=1)
+        steps = [lambda job=job: bench.store.seal(Seal(job, 1)), lambda lease=lease: bench.finish("a", lease)]
+        for step in steps if seal_first else reversed(steps):
+            record = bench.store.record(job)
+            assert record is not None
+            assert record.ended is None
+            step()
+        record = bench.store.record(job)
+        assert record is not None
+        assert record.ended is not None
+
+
+# Partitions.
+
+
+def test_partitions_are_shared_out_evenly_and_those_of_a_lapsed_node_are_taken_over(bench: Bench) -> None:
+    assert len(bench.beat("a", polls=True)) == 4
+    bench.beat("b", polls=True)
+    bench.beat("a", polls=True)
+    shares = {name: {share.partition for share in bench.beat(name, polls=True)} for name in ("b", "a")}
+    assert sorted(shares["a"] | shares["b"]) == [0, 1, 2, 3]
+    assert len(shares["a"]) == len(shares["b"]) == 2
+    wait_until(lambda: len(bench.beat("b", polls=True)) == 4)
+
+
+def test_node_whose_feeder_does_not_poll_loses_its_partitions(bench: Bench) -> None:
+    bench.beat("a", polls=True)
+    assert bench.beat("a", polls=False) == []
+    assert len(bench.beat("b", polls=True)) == 4
+
+
+# The house.
+
+
+def test_all_keys_of_a_queue_share_one_hash_tag(bench: Bench) -> None:
+    bench.store.create(Manifest("job", "name", "fn", 1.0, -1))
+    bench.store.put_blob("hash", b"data")
+    bench.store.say_sending("job")
+    lease, _ = bench.feed(bench.head(0, count=2), bench.head(1), free=2)
+    bench.finish("a", lease, b"S")
+    bench.beat("a", polls=True)
+    with bench.store._redis.use() as client:
+        keys = [key.decode() for key in client.scan_iter(f"*{bench.queue}*")]
+    assert len(keys) > 10
+    assert all(key.startswith(f"{{yadtq:{bench.queue}}}:") for key in keys)
+
+
+def test_name_is_given_to_the_first_job_that_claims_it(bench: Bench) -> None:
+    assert bench.store.create(Manifest("1", "sweep", "fn", 1.0, 1)) == "1"
+    assert bench.store.create(Manifest("2", "sweep", "fn", 1.0, 1)) == "1"
+    assert bench.store.create(Manifest("1", "sweep", "fn", 1.0, 1)) == "1"
+    assert bench.store.find("sweep") == "1"
