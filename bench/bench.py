@@ -1,0 +1,128 @@
+"""Measure one task there and back, and the rate of a map, beside the floor and joblib, in the same run.
+
+make bench                       the local stack
+make bench ARGS="--stack kafka"  Apache Kafka, fetched by Maven
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import joblib
+import psutil
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
+
+import floor  # noqa: E402  # beside this file
+
+from yadtq_nb import Config, LocalCluster, Queue  # noqa: E402  # sorted after it
+
+SLOTS = 2
+
+
+def add_one(x: int) -> int:
+    """What every task does: nothing to speak of."""
+    return x + 1
+
+
+def main() -> None:
+    """Measure, and print a table and a line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--stack", choices=["local", "kafka"], default="local")
+    parser.add_argument("--tasks", type=int, default=300, help="tasks sent one at a time")
+    parser.add_argument("--items", type=int, default=100_000, help="items of a map")
+    parser.add_argument("--runs", type=int, default=5, help="maps, of which the median counts")
+    given = parser.parse_args()
+    with _cluster(given.stack) as cluster, cluster.queue() as queue:
+        found = measure(cluster, queue, given)
+    print(_table(given.stack, found))
+    print(json.dumps({"stack": given.stack, **found}))
+
+
+def measure(cluster: LocalCluster, queue: Queue, given: argparse.Namespace) -> dict[str, float]:
+    """Return all figures by name."""
+    queue.map(add_one, range(1_000)).results(timeout=60)
+    ground = floor.measure(cluster.config, tasks=given.tasks, items=given.items, chunk=2_000, runs=given.runs)
+    one = [_timed(lambda i=i: queue.submit(add_one, i).result(30)) for i in range(given.tasks + 30)][30:]
+    ours, theirs = [], []
+    with joblib.Parallel(n_jobs=SLOTS) as pool:
+        pool(joblib.delayed(add_one)(i) for i in range(1_000))
+        for _ in range(given.runs):
+            ours.append(given.items / _timed(lambda: _check(queue.map(add_one, range(given.items)).results(60))))
+            theirs.append(given.items / _timed(lambda: _check(pool(map(joblib.delayed(add_one), range(given.items))))))
+    return {
+        "floor_p50_ms": ground["p50_ms"],
+        "p50_ms": 1e3 * statistics.median(one),
+        "p99_ms": 1e3 * statistics.quantiles(one, n=100)[98],
+        "floor_items_per_s": ground["items_per_s"],
+        "items_per_s": statistics.median(ours),
+        "joblib_items_per_s": statistics.median(theirs),
+        **_idle(),
+        "client_rss_mb": psutil.Process().memory_info().rss / 2**20,
+    }
+
+
+def _idle(seconds: float = 10.0) -> dict[str, float]:
+    """Return what the stack's processes use while nothing happens: percent of one core, and MB, without Kafka."""
+    processes = [p for p in psutil.Process().children(recursive=True) if "joblib" not in " ".join(p.cmdline())]
+    time.sleep(2)  # what the maps have left to do is not idleness
+    before = [sum(p.cpu_times()[:2]) for p in processes]
+    time.sleep(seconds)
+    used = sum(sum(p.cpu_times()[:2]) - b for p, b in zip(processes, before, strict=True))
+    java = [p for p in processes if p.name() == "java"]
+    memory = sum(p.memory_full_info().pss for p in processes if p not in java)
+    return {"idle_cpu_percent": 100 * used / seconds, "stack_pss_mb": memory / 2**20}
+
+
+def _timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _check(results: list[int]) -> None:
+    if results != list(range(1, len(results) + 1)):
+        raise SystemExit("wrong results")
+
+
+def _table(stack: str, f: dict[str, float]) -> str:
+    return "\n".join(
+        [
+            f"| {stack} stack, {os.cpu_count()} cores, {SLOTS} slots | yadtq-nb | floor | joblib |",
+            "| --- | ---: | ---: | ---: |",
+            f"| one task there and back, p50 | {f['p50_ms']:.2f} ms | {f['floor_p50_ms']:.2f} ms | |",
+            f"| no-op map, items a second | {f['items_per_s']:,.0f} | {f['floor_items_per_s']:,.0f} | "
+            f"{f['joblib_items_per_s']:,.0f} |",
+            f"| idle, percent of a core | {f['idle_cpu_percent']:.1f} | | |",
+            f"| memory of the stack, MB | {f['stack_pss_mb']:.0f} | | |",
+        ]
+    )
+
+
+@contextlib.contextmanager
+def _cluster(stack: str) -> Iterator[LocalCluster]:
+    if stack == "local":
+        with LocalCluster(SLOTS) as cluster:
+            yield cluster
+        return
+    import stacks
+
+    with tempfile.TemporaryDirectory() as directory, stacks.start("kafka", Path(directory)) as servers:
+        config: Config = servers.config
+        with LocalCluster(
+            SLOTS, kafka=config.kafka, redis=config.redis, settings={"partitions": config.partitions}
+        ) as cluster:
+            yield cluster
+
+
+if __name__ == "__main__":
+    main()
