@@ -37,12 +37,12 @@ local function holds(chunk, node, token)
   return chunk.owner == node and tostring(chunk.token) == token
 end
 
+-- The caller adds the chunk's weight to the job's running counter.
 local function grant(id, chunk, node, deadline)
   chunk.owner = node
   chunk.token = redis.call('INCR', key('token'))
   write_chunk(id, chunk)
   redis.call('ZADD', key('leases'), deadline, id)
-  redis.call('HINCRBY', job_key(chunk.job), 'running', chunk.weight)
   return tostring(chunk.token)
 end
 

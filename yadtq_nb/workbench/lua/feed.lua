@@ -15,32 +15,49 @@ if not is_live(node, now, lease) then
   return {'lapsed', {}, {}}
 end
 
-local function make_job(job, c)
-  local name = job_key(job)
-  if redis.call('HSETNX', name, 'id', job) == 1 then
-    redis.call('HSET', name, 'name', c[7], 'function', c[8], 'total', c[9], 'created', c[10], 'style', c[11], 'sealed', c[9] >= 0 and 1 or 0)
-    redis.call('ZADD', key('jobs'), c[10], job)
-    redis.call('HSETNX', key('names'), c[7], job)
-    redis.call('EXPIRE', name, keep * 4)
+-- What is known of the jobs in this feed, read once for each, and counted here until the end.
+local jobs = {}
+
+local function job_of(c)
+  local job = jobs[c[1]]
+  if not job then
+    local name = job_key(c[1])
+    local f = redis.call('HMGET', name, 'id', 'ended')
+    job = {name = name, known = f[1], ended = f[2], bytes = 0, fed = 0, running = 0}
+    jobs[c[1]] = job
+    if not job.known then
+      redis.call('HSET', name, 'id', c[1], 'name', c[7], 'function', c[8], 'total', c[9], 'created', c[10], 'style', c[11], 'sealed', c[9] >= 0 and 1 or 0)
+      redis.call('ZADD', key('jobs'), c[10], c[1])
+      redis.call('HSETNX', key('names'), c[7], c[1])
+      redis.call('EXPIRE', name, keep * 4)
+    end
+  end
+  return job
+end
+
+local function count_jobs()
+  for id, job in pairs(jobs) do
+    if job.fed > 0 then
+      redis.call('HINCRBY', job.name, 'bytes', job.bytes)
+      if job.running > 0 then
+        redis.call('HINCRBY', job.name, 'running', job.running)
+      end
+      if redis.call('HINCRBY', job.name, 'fed', job.fed) == job.fed then
+        redis.call('EXPIRE', job_key(id, 'in'), keep * 4)
+      end
+    end
   end
 end
 
-local function add(id, c, position, data)
-  local job, number = c[1], c[2]
-  make_job(job, c)
-  local part = job_key(job, 'in')
-  redis.call('HSET', part, number, data)
-  if redis.call('TTL', part) < 0 then
-    redis.call('EXPIRE', part, keep * 4)
-  end
-  redis.call('HINCRBY', job_key(job), 'bytes', #data)
-  redis.call('HINCRBY', job_key(job), 'fed', c[4])
+local function add(id, c, job, position, data)
+  redis.call('HSET', job_key(c[1], 'in'), c[2], data)
+  job.bytes, job.fed = job.bytes + #data, job.fed + c[4]
   local chunk = {
-    job = job, number = number, first = c[3], count = c[4], weight = c[5], size = #data,
+    job = c[1], number = c[2], first = c[3], count = c[4], weight = c[5], size = #data,
     left = c[4], seq = 0, done = '', lapses = 0, crashes = {}, positions = {position},
   }
   if free > 0 then
-    free = free - 1
+    free, job.running = free - 1, job.running + chunk.weight
     leases[#leases + 1] = {id, grant(id, chunk, node, now + lease)}
   else
     write_chunk(id, chunk)
@@ -67,14 +84,16 @@ for g, group in ipairs(groups) do
     if status == 'fed' then
       local id = c[1] .. ':' .. c[2]
       local position = {topic, partition, c[6]}
-      if redis.call('GETBIT', job_key(c[1], 'finished'), c[2]) == 0 then
+      local job = job_of(c)
+      local finished = job.ended or (job.known and redis.call('GETBIT', job_key(c[1], 'finished'), c[2]) == 1)
+      if not finished then
         local open = read_chunk(id)
         if open then
           -- A producer's retry, or fed again after a wipe: the outcome will close every position.
           open.positions[#open.positions + 1] = position
           write_chunk(id, open)
         else
-          add(id, c, position, ARGV[record])
+          add(id, c, job, position, ARGV[record])
         end
         redis.call('ZADD', key('position:' .. topic .. ':' .. partition), c[6], c[6])
       end
@@ -86,6 +105,7 @@ for g, group in ipairs(groups) do
   end
   replies[g] = {status, cursor or ''}
 end
+count_jobs()
 if added then
   ring()
 end

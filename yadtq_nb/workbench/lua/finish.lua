@@ -59,7 +59,7 @@ redis.call('HSET', out, field, blob)
 if mask then
   redis.call('HSET', out, field .. 'm', mask)
 end
-if redis.call('TTL', out) < 0 then
+if redis.call('HLEN', out) == 1 then
   redis.call('EXPIRE', out, keep * 4)
 end
 redis.call('HINCRBY', job_key(chunk.job), 'bytes', #blob)

@@ -20,6 +20,7 @@ while #taken < wanted do
     local data = redis.call('HGET', job_key(chunk.job, 'in'), chunk.number)
     if data then
       local token = grant(id, chunk, node, now + lease)
+      redis.call('HINCRBY', job_key(chunk.job), 'running', chunk.weight)
       taken[#taken + 1] = {id, token, data, chunk.done, cmsgpack.pack(chunk.crashes), chunk.lapses}
     end
   end
