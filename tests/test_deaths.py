@@ -14,8 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from stacks import MakeCluster
 
-from tests.conftest import MakeCluster
 from yadtq_nb import LocalCluster, TaskCrashedError
 
 SRC = Path(__file__).parents[1]
