@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import msgspec
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]  # exported, but not in __all__
 
 from yadtq_nb.config import Config
 from yadtq_nb.errors import BacklogError

@@ -145,7 +145,7 @@ def replay_jobs(config: Config, queue: str) -> Iterator[tuple[str, bytes | None]
                     raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
                 if message.error() is None:
                     key, value = message.key(), message.value()
-                    yield (key.decode() if isinstance(key, bytes) else str(key)), value  # type: ignore[misc]  # bytes or None
+                    yield (key.decode() if isinstance(key, bytes) else str(key)), value
                     if (message.offset() or 0) >= high - 1:
                         return
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 
 from yadtq_nb.client.inbox import is_incomplete
@@ -62,5 +63,5 @@ def job_state(record: JobRecord) -> JobState:
     return JobState.INCOMPLETE if is_incomplete(record) else JobState.RUNNING
 
 
-def _times(seconds: Sequence[float | None]) -> pd.Series:  # type: ignore[type-arg]  # generic in the stubs only
-    return pd.to_datetime(pd.Series(seconds, dtype="float64"), unit="s", utc=True).to_numpy()
+def _times(seconds: Sequence[float | None]) -> pd.DatetimeIndex:
+    return pd.to_datetime(np.array(seconds, dtype=np.float64), unit="s", utc=True)

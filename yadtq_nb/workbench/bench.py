@@ -9,6 +9,7 @@ import msgspec
 
 from yadtq_nb import codec
 from yadtq_nb.config import Config
+from yadtq_nb.errors import FormatError
 from yadtq_nb.model import ChunkHead, Lease, WorkerInfo
 from yadtq_nb.workbench.connection import Connection
 
@@ -132,8 +133,10 @@ class Workbench:
         _check_live(status)
         return [self._lease(*entry) for entry in taken]
 
-    def _lease(self, _: bytes, token: bytes, record: bytes, done: bytes, crashes: bytes, lapses: int) -> Lease:
-        head, _, _ = codec.decode_chunk(self._config.key, record)
+    def _lease(self, id: bytes, token: bytes, record: bytes, done: bytes, crashes: bytes, lapses: int) -> Lease:
+        head, *_ = codec.decode_chunk(self._config.key, record)
+        if head.id != id.decode():
+            raise FormatError(f"chunk {id.decode()} holds the record of chunk {head.id}")
         counts = _unpack(crashes) or {}
         return Lease(
             head,
