@@ -49,7 +49,7 @@ class FakeJob:
 
     def worker_views(self) -> list[WorkerView]:
         return [
-            WorkerView(WorkerInfo(f"w-{n:03}", f"node-{n:03}", 1, 2, 2, 0, 0.0, "3.11"), self.age, "live")
+            WorkerView(WorkerInfo(f"w-{n:03}", f"node-{n:03}", 1, 2, 2, 0, 0.0, "3.11"), self.age, 0.0, "live")
             for n in range(self.workers)
         ]
 

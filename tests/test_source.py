@@ -193,8 +193,9 @@ def enter(environment: Environment, tree: Tree | None, directory: Path, code: st
     """Enter in a process of its own, run code there and return what it prints."""
     prepared = (
         f"import sys; sys.path.append({PACKAGE!r})\n"
-        "import msgspec; from pathlib import Path; from yadtq_nb import source; from yadtq_nb.model import Environment\n"
-        "environment, archive = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=tuple[Environment, bytes | None])\n"
+        "import msgspec; from pathlib import Path; from yadtq_nb import model, source\n"
+        "kind = tuple[model.Environment, bytes | None]\n"
+        "environment, archive = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=kind)\n"
         f"source.enter(environment, archive, Path({str(directory)!r}))\n"
     )
     sent = msgspec.msgpack.encode((environment, tree.archive if tree else None))

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 import pytest
+import stacks
 
-from tests import stacks
 from yadtq_nb import codec
 from yadtq_nb.config import Config
 from yadtq_nb.model import ChunkHead, Environment, Lease, Manifest, Seal, Segment, WorkerInfo

@@ -393,6 +393,12 @@ def _of_instance(thing: object) -> Iterable[object]:
 _collector = Collector()  # one for the process, as what it remembers is the process's files and modules
 
 
+def suits(entered: Environment, wanted: Environment) -> bool:
+    """Return whether what wants one environment may run in a process that has entered another."""
+    # Without a tree it needs no local modules, so those that are loaded do not matter.
+    return entered == wanted or (not wanted.tree and wanted == msgspec.structs.replace(entered, tree="", tree_root=""))
+
+
 def enter(environment: Environment, archive: bytes | None, directory: Path) -> str:
     """Take the submitter's place: set sys.path and the working directory, and return the latter.
 

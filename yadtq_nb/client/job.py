@@ -304,6 +304,13 @@ class Job(Sequence[Future[Any]]):
 
         self._live = display_job(self, self._live)
 
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+        """Return the HTML and text forms, for hosts that do not ask for _ipython_display_."""
+        from yadtq_nb.notebook.markup import static_bundle
+        from yadtq_nb.notebook.snapshot import snapshot
+
+        return static_bundle(snapshot(self))
+
     def error_lines(self, limit: int) -> list[str]:
         """Return a line for each of the first errors that have come to this process."""
         infos = (info for outcomes in self._board.segments() for info in outcomes.segment.errors.values())

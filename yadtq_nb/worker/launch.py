@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -128,7 +129,8 @@ class Template:
             self._process.kill()
             status = self._process.wait()
         # Only needed when the template could not see to it, but it is better to be sure.
-        while left := processes.marked(self._mark):
+        until = time.monotonic() + _END  # a process stuck in the kernel is left
+        while (left := processes.marked(self._mark)) and time.monotonic() < until:
             for pid in left:
                 processes.kill(pid)
         return processes.describe(-status if status < 0 else status << 8)
@@ -142,6 +144,7 @@ class Spawner:
         self._control, self._report = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._lock = threading.Lock()
         self._processes: dict[int, tuple[subprocess.Popen[bytes], int]] = {}
+        self._watchers: list[threading.Thread] = []
 
     def fileno(self) -> int:
         """See Launcher."""
@@ -158,9 +161,12 @@ class Spawner:
             pass_fds=fds,
         )
         os.close(held)
+        watcher = threading.Thread(target=self._watch, args=(serial, process), name=f"yadtq-slot-{serial}", daemon=True)
         with self._lock:
             self._processes[serial] = process, leash
-        threading.Thread(target=self._watch, args=(serial, process), name=f"yadtq-slot-{serial}", daemon=True).start()
+            self._watchers = [thread for thread in self._watchers if thread.is_alive()]
+            watcher.start()
+            self._watchers.append(watcher)
 
     def kill(self, serial: int) -> None:
         """See Launcher."""
@@ -180,12 +186,13 @@ class Spawner:
     def end(self) -> str:
         """See Launcher."""
         with self._lock:
-            running = list(self._processes.values())
+            running, watchers = list(self._processes.values()), self._watchers
         for process, _ in running:
             processes.kill(process.pid, group=True)
-        for process, _ in running:
-            process.wait()
+        for watcher in watchers:
+            watcher.join()
         self._control.close()
+        self._report.close()
         return "ended"
 
     def _watch(self, serial: int, process: subprocess.Popen[bytes]) -> None:

@@ -15,10 +15,8 @@ template dies, all slots die with it, and are started again.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import selectors
-import socket
 import threading
 import time
 from array import array
@@ -30,16 +28,12 @@ import msgspec
 
 from yadtq_nb.model import Environment, Lease
 from yadtq_nb.worker import processes, wire
-from yadtq_nb.worker.launch import Launcher, launcher, shared_memory
+from yadtq_nb.worker.child import Child, bound, size, tail
+from yadtq_nb.worker.launch import Launcher, launcher
 from yadtq_nb.worker.wire import NO_OFFSET, Note, Order, Report, Setup
 
-#: A log longer than this is cut, in bytes, and how much of it is kept.
-_LOG_LIMIT: Final = 8 * 1024 * 1024
-_LOG_KEPT: Final = 64 * 1024
+#: How often logs are looked at, in seconds.
 _LOG_EVERY: Final = 1.0
-#: What of a dead slot's log is shown.
-_LAST_LINES: Final = 20
-_LAST_BYTES: Final = 16 * 1024
 #: A template that lives for less is started again with growing delay, in seconds.
 _SHORT_LIFE: Final = 1.0
 _LONGEST_DELAY: Final = 5.0
@@ -76,50 +70,6 @@ class Died(msgspec.Struct, frozen=True):
 SlotEvent: TypeAlias = Outcomes | Died
 
 
-class _Slot:
-    """One child process, from its request to its end."""
-
-    def __init__(self, serial: int, number: int, log: Path) -> None:
-        self.serial, self.number, self.log = serial, number, log
-        self.sock, self.theirs = socket.socketpair()
-        self.progress_fd = shared_memory()
-        self.progress = memoryview(mmap.mmap(self.progress_fd, wire.PROGRESS_SIZE)).cast("I")
-        self.progress[0] = NO_OFFSET
-        self.inbox = wire.Inbox()
-        self.sending = threading.Lock()
-        self.pid: int | None = None
-        self.doomed = False
-        self.environment: Environment | None = None
-        self.lease: Lease | None = None
-        self.log_start = 0
-        self.used = 0.0
-
-    def handed_over(self) -> None:
-        """Close the child's ends here."""
-        self.theirs.close()
-        os.close(self.progress_fd)
-
-    def offset(self) -> int | None:
-        """Offset of the task that runs, or None."""
-        offset = self.progress[0]
-        return None if offset == NO_OFFSET else offset
-
-    def suits(self, environment: Environment) -> bool:
-        """Return whether a chunk of environment may run here without seeing modules of another."""
-        mine = self.environment
-        if mine is None or mine == environment:
-            return True
-        # Without a tree it needs no local modules, so those that are loaded do not matter.
-        return not environment.tree and environment == msgspec.structs.replace(mine, tree="", tree_root="")
-
-    def close(self) -> None:
-        """Let go of the socket, also under a thread that is sending."""
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)
-        with self.sending:
-            self.sock.close()
-
-
 class SlotPool:
     """Runs chunks in child processes. Made, started, polled and stopped by the main thread."""
 
@@ -140,7 +90,7 @@ class SlotPool:
         self._on_ready = on_ready
         self._lock = threading.RLock()
         self._selector = selectors.DefaultSelector()
-        self._slots: dict[int, _Slot] = {}
+        self._slots: dict[int, Child] = {}
         self._reserved = 0
         self._serial = 0
         self._events: list[SlotEvent] = []
@@ -212,7 +162,7 @@ class SlotPool:
                 return
             slot.lease, slot.environment, slot.used = lease, slot.environment or head.environment, time.monotonic()
             slot.progress[0] = NO_OFFSET
-            slot.log_start = _size(slot.log)
+            slot.log_start = size(slot.log)
             slot.sending.acquire()
         try:
             wire.send(slot.sock, order, lease.record)
@@ -222,22 +172,32 @@ class SlotPool:
             slot.sending.release()
 
     def poll(self, timeout: float) -> list[SlotEvent]:
-        """Wait up to timeout seconds for something to happen, and return what did."""
-        if self._events:
-            timeout = 0.0
+        """Wait up to timeout seconds for something to happen, and return what did: perhaps only a call of wake."""
+        until = time.monotonic() + timeout
+        while True:
+            happened = self._select(0.0 if self._events else until - time.monotonic())
+            self._tend()
+            if happened or self._events or time.monotonic() >= until:
+                break
+        with self._lock:
+            events, self._events = self._events, []
+        return events
+
+    def _select(self, timeout: float) -> bool:
+        now = time.monotonic()
         if self._launcher is None and not self._stopped:
-            timeout = min(timeout, max(0.0, self._restart_at - time.monotonic()))
-        for key, _ in self._selector.select(timeout):
-            if isinstance(key.data, _Slot):
+            timeout = min(timeout, self._restart_at - now)
+        elif any(slot.lease for slot in list(self._slots.values())):
+            timeout = min(timeout, _LOG_EVERY)  # what writes a log may write a lot
+        ready = self._selector.select(max(0.0, timeout))
+        for key, _ in ready:
+            if isinstance(key.data, Child):
                 self._receive(key.data)
             elif key.fd == self._woken:
                 self._drain_wake()
             else:
                 self._hear()
-        self._tend()
-        with self._lock:
-            events, self._events = self._events, []
-        return events
+        return bool(ready)
 
     def wake(self) -> None:
         """Make poll return. Thread-safe."""
@@ -294,11 +254,11 @@ class SlotPool:
         os.close(self._waker)
         return events + self._events
 
-    def _add(self, number: int) -> _Slot:
+    def _add(self, number: int) -> Child:
         """Ask for a fresh slot. It takes orders at once: its socket holds them until it is there."""
         assert self._launcher is not None  # callers hold the lock and have looked
         self._serial += 1
-        slot = _Slot(self._serial, number, self._directory / f"slot-{number}.log")
+        slot = Child(self._serial, number, self._directory / f"slot-{number}.log")
         self._slots[slot.serial] = slot
         self._launcher.fork(slot.serial, slot.theirs, slot.progress_fd, str(slot.log))
         slot.handed_over()
@@ -307,7 +267,7 @@ class SlotPool:
         self._selector.register(slot.sock, selectors.EVENT_READ, slot)
         return slot
 
-    def _choose(self, environment: Environment) -> _Slot | None:
+    def _choose(self, environment: Environment) -> Child | None:
         idle = [slot for slot in self._slots.values() if slot.lease is None]
         for slot in idle:
             if slot.environment == environment:
@@ -319,20 +279,20 @@ class SlotPool:
             return None
         return self._replace(min(idle, key=lambda slot: slot.used))
 
-    def _replace(self, slot: _Slot) -> _Slot:
+    def _replace(self, slot: Child) -> Child:
         """End an idle slot and ask for a fresh one, which takes orders at once."""
-        assert self._launcher is not None  # noqa: S101  # as in _add
+        assert self._launcher is not None  # as in _add
         self._launcher.kill(slot.serial)
         del self._slots[slot.serial]
         self._retire(slot)
         return self._add(slot.number)
 
-    def _retire(self, slot: _Slot) -> None:
+    def _retire(self, slot: Child) -> None:
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(slot.sock)
         slot.close()
 
-    def _receive(self, slot: _Slot) -> bool:
+    def _receive(self, slot: Child) -> bool:
         """Take in what a slot has to say, and return whether it may have more."""
         frames, gone = slot.inbox.pull(slot.sock)
         with self._lock:
@@ -372,7 +332,7 @@ class SlotPool:
             if slot.lease is None and slot.environment is None:
                 self._replace(slot)
 
-    def _forked(self, slot: _Slot, note: Note) -> None:
+    def _forked(self, slot: Child, note: Note) -> None:
         slot.pid = note.value
         if slot.doomed:
             processes.kill(slot.pid, group=True)
@@ -380,13 +340,13 @@ class SlotPool:
             ready, self._on_ready = self._on_ready, None
             ready()
 
-    def _exited(self, slot: _Slot, reason: str) -> None:
+    def _exited(self, slot: Child, reason: str) -> None:
         while self._receive(slot):
             pass  # what it has sent before its end counts
         with self._lock:
             self._slots.pop(slot.serial, None)
             self._retire(slot)
-            self._events.append(Died(slot.lease, slot.offset() if slot.lease else None, reason, _tail(slot)))
+            self._events.append(Died(slot.lease, slot.offset() if slot.lease else None, reason, tail(slot)))
 
     def _restart_later(self) -> None:
         """The template has died, and all slots with it."""
@@ -411,7 +371,7 @@ class SlotPool:
         if now >= self._logs_at:
             self._logs_at = now + _LOG_EVERY
             for number in range(self._count):
-                _bound(self._directory / f"slot-{number}.log")
+                bound(self._directory / f"slot-{number}.log")
 
     def _drain_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -431,33 +391,3 @@ def _offsets(report: Report) -> range | list[int]:
     if report.scattered:
         return array("I", report.scattered).tolist()
     return range(report.first, report.first + report.count)
-
-
-def _size(path: Path) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return 0
-
-
-def _tail(slot: _Slot) -> str:
-    """Return the last lines of what a slot has written since its chunk began."""
-    try:
-        with slot.log.open("rb") as file:
-            size = _size(slot.log)
-            start = slot.log_start if slot.log_start <= size else 0  # it may have been cut meanwhile
-            file.seek(max(start, size - _LAST_BYTES))
-            return "\n".join(file.read().decode("utf-8", "replace").splitlines()[-_LAST_LINES:])
-    except OSError:
-        return ""
-
-
-def _bound(path: Path) -> None:
-    """Cut a log that is too long; those who append to it go on at its new end."""
-    if _size(path) > _LOG_LIMIT:
-        with contextlib.suppress(OSError), path.open("r+b") as file:
-            file.seek(-_LOG_KEPT, os.SEEK_END)
-            kept = file.read()
-            file.seek(0)
-            file.write(b"[... cut ...]\n" + kept)
-            file.truncate()

@@ -49,11 +49,11 @@ def children() -> list[int]:
 
 def kill(pid: int, *, group: bool = False) -> None:
     """SIGKILL a process, and its process group if asked, unless it is gone."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.kill(pid, signal.SIGKILL)
-    if group:
+    if group:  # first, since it may be our own
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def marked(mark: str) -> list[int]:

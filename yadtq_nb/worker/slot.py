@@ -118,12 +118,12 @@ class Slot:
         return head, call, items
 
     def _enter(self, environment: Environment, tree_path: str) -> None:
-        if self._entered != environment:
-            tree = bytes(self._blob(codec.TREE, tree_path, environment.tree)) if tree_path else None
-            self._home = source.enter(environment, tree, Path(self._setup.directory) / "trees")
-            self._entered = environment
-        else:
+        if self._entered is not None and source.suits(self._entered, environment):
             os.chdir(self._home)  # a task may have gone elsewhere
+            return
+        tree = bytes(self._blob(codec.TREE, tree_path, environment.tree)) if tree_path else None
+        self._home = source.enter(environment, tree, Path(self._setup.directory) / "trees")
+        self._entered = environment
 
     def _function(self, head: ChunkHead, inline: memoryview, path: str) -> Callable[..., Any]:
         call = self._functions.get(head.function)
@@ -242,7 +242,7 @@ def _serve(sock: socket.socket, progress_fd: int, log: str) -> NoReturn:
     Slot(sock, progress).serve()
 
 
-def _leave_to_node(slot: int, signum: int, frame: object) -> None:
+def _leave_to_node(slot: int, signum: int, _: object) -> None:
     """Do nothing: a service manager signals the whole group, and it is the node that decides when slots end.
 
     Not SIG_IGN, which would be inherited by whatever a task starts, so that it could not be terminated.

@@ -178,6 +178,7 @@ class Template:
 def main() -> None:
     """Entry point: `control socket's fd` `pid of the node` are the arguments."""
     control_fd, owner = map(int, sys.argv[1:3])
+    signal.signal(signal.SIGINT, lambda *_: None)  # as with SIGTERM, see _end_with_owner
     alive = processes.die_with_parent(owner, signal.SIGTERM)
     processes.adopt_orphans()
     if not alive:

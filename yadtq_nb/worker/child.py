@@ -1,0 +1,95 @@
+"""A slot as its pool sees it: the socket, the shared progress, and the log."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import socket
+import threading
+from pathlib import Path
+from typing import Final
+
+from yadtq_nb import source
+from yadtq_nb.model import Environment, Lease
+from yadtq_nb.worker import wire
+from yadtq_nb.worker.launch import shared_memory
+from yadtq_nb.worker.wire import NO_OFFSET
+
+#: A log longer than this is cut, in bytes, and how much of it is kept.
+_LOG_LIMIT: Final = 8 * 1024 * 1024
+_LOG_KEPT: Final = 64 * 1024
+#: What of a dead slot's log is shown.
+_LAST_LINES: Final = 20
+_LAST_BYTES: Final = 16 * 1024
+
+
+class Child:
+    """One slot, from its request to its end."""
+
+    def __init__(self, serial: int, number: int, log: Path) -> None:
+        self.serial, self.number, self.log = serial, number, log
+        self.sock, self.theirs = socket.socketpair()
+        self.progress_fd = shared_memory()
+        self.progress = memoryview(mmap.mmap(self.progress_fd, wire.PROGRESS_SIZE)).cast("I")
+        self.progress[0] = NO_OFFSET
+        self.inbox = wire.Inbox()
+        self.sending = threading.Lock()
+        self.pid: int | None = None
+        self.doomed = False
+        self.environment: Environment | None = None
+        self.lease: Lease | None = None
+        self.log_start = 0
+        self.used = 0.0
+
+    def handed_over(self) -> None:
+        """Close the child's ends here."""
+        self.theirs.close()
+        os.close(self.progress_fd)
+
+    def offset(self) -> int | None:
+        """Offset of the task that runs, or None."""
+        offset = self.progress[0]
+        return None if offset == NO_OFFSET else offset
+
+    def suits(self, environment: Environment) -> bool:
+        """Return whether a chunk of environment may run here without seeing modules of another."""
+        return self.environment is None or source.suits(self.environment, environment)
+
+    def close(self) -> None:
+        """Let go of the socket, also under a thread that is sending."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        with self.sending:
+            self.sock.close()
+
+
+def size(path: Path) -> int:
+    """Return the length of a file, 0 when there is none."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+def tail(slot: Child) -> str:
+    """Return the last lines of what a slot has written since its chunk began."""
+    try:
+        with slot.log.open("rb") as file:
+            length = size(slot.log)
+            start = slot.log_start if slot.log_start <= length else 0  # it may have been cut meanwhile
+            file.seek(max(start, length - _LAST_BYTES))
+            return "\n".join(file.read().decode("utf-8", "replace").splitlines()[-_LAST_LINES:])
+    except OSError:
+        return ""
+
+
+def bound(path: Path) -> None:
+    """Cut a log that is too long; those who append to it go on at its new end."""
+    if size(path) > _LOG_LIMIT:
+        with contextlib.suppress(OSError), path.open("r+b") as file:
+            file.seek(-_LOG_KEPT, os.SEEK_END)
+            kept = file.read()
+            file.seek(0)
+            file.write(b"[... cut ...]\n" + kept)
+            file.truncate()
