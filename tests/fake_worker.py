@@ -4,10 +4,10 @@ With --fail it ends at once; with --child it first starts a process of its own, 
 """
 
 import argparse
-import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 parser = argparse.ArgumentParser()
@@ -23,7 +23,7 @@ if options.fail:
 if options.child:
     child = subprocess.Popen(["sleep", "600"], start_new_session=True)
     Path(f"child-{child.pid}").touch()
-signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    tempfile.mkdtemp(prefix=f"yadtq-node-{options.node_id}-")
 after = options.predecessor or "nobody"
 sys.stdout.write(f"{options.queue} {options.slots} {options.node_id} after {after}\n")
 sys.stdout.write(f"ready {options.node_id}\n")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import MakeCluster
+from stacks import MakeCluster
 
 from yadtq_nb import LocalCluster, TaskCrashedError
 

@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -190,14 +191,16 @@ def test_node_that_dies_at_once_is_failing_and_servers_go_on(own: Stack) -> None
 
 
 @linux
-def test_killed_node_leaves_nothing_that_its_tasks_started(own: Stack) -> None:
+def test_killed_node_leaves_no_process_of_its_tasks_and_no_scratch_directory(own: Stack) -> None:
     own = Stack(own.home, slots=2, idle=lambda: None, worker=[*FAKE, "--child"])
     own.ensure_up()
     wait_until(lambda: is_up(own))
     child = int(next(own.home.path.glob("child-*")).name.split("-")[1])
+    node_id = next(part.node_id for part in own.home.state().parts if part.queue)  # type: ignore[union-attr]  # is up
+    scratch = next(Path(tempfile.gettempdir()).glob(f"yadtq-node-{node_id}-*"))
     assert runs(child)
     os.kill(pids(own)["node-1"], signal.SIGKILL)
-    wait_until(lambda: not runs(child))
+    wait_until(lambda: not runs(child) and not scratch.exists())
 
 
 def test_down_leaves_no_process_and_is_remembered(own: Stack) -> None:

@@ -22,6 +22,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -162,9 +163,12 @@ class Keeper:
             argv += ["--predecessor", part.predecessor] if part.predecessor else []
             environment["YADTQ_NODE"] = part.node_id
         output, child_output = os.pipe()
+        # Until the child has its own handlers, the keeper's would swallow a SIGTERM that is meant for the child.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         part.pid = os.fork()
         if not part.pid:
             self._become(argv, environment, part, child_output)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         os.close(child_output)
         os.set_blocking(output, False)
         self.selector.register(output, selectors.EVENT_READ, lambda: self._copy_output(part, output))
@@ -175,6 +179,7 @@ class Keeper:
             signal.set_wakeup_fd(-1)
             for name in ("SIGCHLD", "SIGTERM", "SIGINT", "SIGHUP", "SIGPIPE", "SIGXFSZ"):
                 signal.signal(getattr(signal, name), signal.SIG_DFL)  # what is ignored stays so over exec
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
             prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != self.plan["pid"]:  # the keeper died before the line above
                 os._exit(1)
@@ -236,7 +241,7 @@ class Keeper:
         lived = time.monotonic() - part.born
         part.young_deaths = 0 if lived >= LONG_LIFE and part.state == "up" else part.young_deaths + 1
         if part.is_node:
-            sweep("YADTQ_NODE", part.node_id)
+            clear_node(part.node_id)
         part.state = "down"
         if not (self.reason or part.held):
             log(f"{part.name} ended after {lived:.1f} s: {part.last_exit}")
@@ -402,6 +407,13 @@ def answers(spec: dict[str, Any]) -> bool:
         return False
 
 
+def clear_node(node_id: str) -> None:
+    """End and remove what a dead node left: processes of its tasks, its scratch directory."""
+    sweep("YADTQ_NODE", node_id)
+    for scratch in Path(tempfile.gettempdir()).glob(f"yadtq-node-{node_id}-*"):
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def sweep(variable: str, value: str) -> None:
     """Kill every process whose environment at its start had this value: what a node or its tasks left behind.
 
@@ -472,6 +484,9 @@ def main() -> None:
     plan = json.loads(Path("plan.json").read_text())
     if plan["after_crash"]:
         sweep("YADTQ_STACK", str(options.directory))
+        for spec in plan["parts"]:
+            if spec.get("predecessor"):
+                clear_node(spec["predecessor"])
     plan["pid"] = os.getpid()
     Keeper(options.directory, plan, owner=options.owner, ready_fd=options.ready_fd).run()
 

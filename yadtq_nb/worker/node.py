@@ -89,7 +89,7 @@ class Node:
         self._may_take = True
         self._stopping = threading.Event()
         self._stop_at = float("inf")
-        self._home = tempfile.TemporaryDirectory(prefix="yadtq-node-")
+        self._home = tempfile.TemporaryDirectory(prefix=f"yadtq-node-{self.id}-")  # the keeper knows it by this
         self._directory = Path(self._home.name)
         self._blobs = BlobFiles(self._directory / "blobs")
         self.pool = SlotPool(slots=slots, secret=config.key, node=self.id, directory=self._directory)
