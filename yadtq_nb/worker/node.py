@@ -29,7 +29,7 @@ from typing import Final
 
 import psutil
 
-from yadtq_nb.backlog.connection import Topic, ensure_topics
+from yadtq_nb.backlog.connection import Topic
 from yadtq_nb.backlog.publish import Publisher
 from yadtq_nb.backlog.reader import Record, replay_jobs
 from yadtq_nb.config import Config
@@ -121,8 +121,8 @@ class Node:
     def _connect(self) -> None:
         config, queue = self._config, self.queue
         self._bench = Workbench(config, queue, self.id)
-        topic = ensure_topics(config, queue)
-        self._publisher = Publisher(config, queue, topic)
+        self._publisher = Publisher(config, queue)
+        topic = self._publisher.topic
         self._heart = Heart(
             config,
             Workbench(config, queue, self.id),
