@@ -35,12 +35,12 @@ from yadtq_nb.backlog.reader import Record, replay_jobs
 from yadtq_nb.config import Config
 from yadtq_nb.errors import BacklogError, CodecError, TaskError, WorkbenchError
 from yadtq_nb.model import Lease, WorkerInfo
+from yadtq_nb.slots.pool import Died, Outcomes, SlotPool
 from yadtq_nb.workbench.bench import Heard, NotLiveError, Workbench
 from yadtq_nb.worker import crash
 from yadtq_nb.worker.blobs import BlobFiles
 from yadtq_nb.worker.feeder import Feeder
 from yadtq_nb.worker.heart import Heart
-from yadtq_nb.worker.pool import Died, Outcomes, SlotPool
 from yadtq_nb.worker.restore import restore_jobs
 
 log = logging.getLogger(__name__)
