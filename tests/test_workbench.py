@@ -12,6 +12,7 @@ import stacks
 
 from yadtq_nb import codec
 from yadtq_nb.config import Config
+from yadtq_nb.errors import SignatureError, WorkbenchError
 from yadtq_nb.model import ChunkHead, Environment, Lease, Manifest, Seal, Segment, WorkerInfo
 from yadtq_nb.workbench.bench import Batch, Cursor, NotLiveError, Share, Workbench
 from yadtq_nb.workbench.jobs import JobStore
@@ -374,3 +375,35 @@ def test_name_is_given_to_the_first_job_that_claims_it(bench: Bench) -> None:
     assert bench.store.create(Manifest("2", "sweep", "fn", 1.0, 1)) == "1"
     assert bench.store.create(Manifest("1", "sweep", "fn", 1.0, 1)) == "1"
     assert bench.store.find("sweep") == "1"
+
+
+def test_client_with_another_secret_is_told_before_it_sends_anything(bench: Bench) -> None:
+    bench.node("a").open()
+    bench.store.check_secret()
+    other = JobStore(msgspec.structs.replace(bench.config, secret="another"), bench.queue)
+    with pytest.raises(SignatureError, match="YADTQ_SECRET"):
+        other.check_secret()
+    other.close()
+
+
+def test_node_with_another_secret_does_not_join_living_ones_but_may_replace_dead_ones(bench: Bench) -> None:
+    bench.node("a").open()
+    other = Workbench(msgspec.structs.replace(bench.config, secret="another"), bench.queue, "b")
+    with pytest.raises(SignatureError, match="YADTQ_SECRET"):
+        other.open()
+    gone = time.time() + 2 * LEASE
+    wait_until(lambda: time.time() > gone + 1)
+    other.open()
+    other.close()
+
+
+def test_server_that_evicts_is_refused(bench: Bench) -> None:
+    with bench.store._redis.use() as client:
+        client.config_set("maxmemory", "1gb")
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        try:
+            with pytest.raises(WorkbenchError, match="noeviction"):
+                bench.node("a").open()
+        finally:
+            client.config_set("maxmemory-policy", "noeviction")
+            client.config_set("maxmemory", "0")

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from typing import Any, Final
 
 from yadtq_nb import codec, errors
-from yadtq_nb.errors import JobError, RemoteTraceback, TaskError
+from yadtq_nb.errors import FormatError, JobError, RemoteTraceback, TaskError
 from yadtq_nb.model import STATE_OF_CODE, ErrorInfo, State
 from yadtq_nb.workbench.jobs import Stored
 
@@ -34,13 +34,16 @@ class Failure:
 class Outcomes:
     """One segment of outcomes, its values unpickled on first use."""
 
-    def __init__(self, secret: bytes, stored: Stored) -> None:
+    def __init__(self, secret: bytes, job: str, stored: Stored) -> None:
         """Verify a segment.
 
         Raises:
-            CodecError: it cannot be read, or was signed with another secret.
+            CodecError: it cannot be read, was signed with another secret, or belongs to another job or chunk.
         """
         self.segment, self._pickled = codec.decode_segment(secret, stored.frame)
+        place = (job, stored.field.partition(".")[0])
+        if (self.segment.job, str(self.segment.number)) != place:
+            raise FormatError(f"outcomes of chunk {self.segment.number} of job {self.segment.job} lie at {place}")
         self._mask = stored.mask
         self._values: list[Any] | None = None
 
@@ -162,7 +165,7 @@ class Board:
         Raises:
             CodecError: they cannot be read.
         """
-        outcomes = Outcomes(self._secret, stored)
+        outcomes = Outcomes(self._secret, self.job, stored)
         with self._changed:
             if stored.field in self._segments:
                 return

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
+import msgspec
+
 from yadtq_nb import codec
 from yadtq_nb.backlog.publish import Publisher
 from yadtq_nb.client.board import Board
@@ -31,10 +33,12 @@ class Link:
 
         Raises:
             WorkbenchError, BacklogError: Redis or Kafka cannot be reached.
+            SignatureError: the queue's workers have another secret.
         """
         self.queue = queue
         self.key = config.key
         self.store = JobStore(config, queue)
+        self.store.check_secret()
         self.inbox = Inbox(config, queue)
         self._publisher = Publisher(config, queue)
         self.mailer = Mailer(config, self.store, self._publisher)
@@ -70,8 +74,8 @@ class Link:
             self.mailer.keep_blob(codec.FUNCTION, packet.function_id, function)
         return packet
 
-    def claim(self, packet: Packet, total: int | None) -> None:
-        """Make the job known to the queue, under its name.
+    def claim(self, packet: Packet, total: int | None, *, named: bool) -> Packet:
+        """Make the job known to the queue under its name; a name that we gave ourselves makes way.
 
         Raises:
             JobExistsError: the name is taken.
@@ -79,6 +83,10 @@ class Link:
         """
         manifest = packet.manifest(total, f"{socket.gethostname()}:{os.getpid()}")
         holder = self.store.create(manifest)
+        if holder != packet.job and not named:
+            packet = msgspec.structs.replace(packet, name=f"{packet.name}-{packet.job}")
+            manifest = msgspec.structs.replace(manifest, name=packet.name)
+            holder = self.store.create(manifest)
         if holder != packet.job:
             raise JobExistsError(
                 f"queue {self.queue!r} has a job {packet.name!r} already (id {holder}): get it with "
@@ -86,6 +94,7 @@ class Link:
                 job=packet.name,
             )
         self.mailer.send_entry(manifest)
+        return packet
 
     def post(
         self,

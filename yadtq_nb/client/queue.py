@@ -135,7 +135,7 @@ class Queue:
         link = self._link()
         packet = link.packet(fn, {}, "call", name, _environment(fn, link))
         if name is not None:
-            link.claim(packet, 1)
+            link.claim(packet, 1, named=True)
         return link.post_one(packet, (args, kwargs))[0]
 
     def _send(
@@ -157,7 +157,7 @@ class Queue:
         total = len(items) if isinstance(items, list) else None
         link = self._link()
         packet = link.packet(fn, kwargs or {}, style, name, _environment(fn, link, items))
-        link.claim(packet, total)
+        packet = link.claim(packet, total, named=name is not None)
         return link.post(packet, items, total, None if chunksize == "auto" else chunksize, self._slots)
 
     # Finding.

@@ -7,7 +7,9 @@ from typing import Any, Final
 
 import msgspec
 
+from yadtq_nb import codec
 from yadtq_nb.config import Config
+from yadtq_nb.errors import SignatureError
 from yadtq_nb.model import CallStyle, Manifest, Seal, WorkerInfo, WorkerView
 from yadtq_nb.workbench.connection import Connection
 
@@ -89,6 +91,20 @@ class JobStore:
         self._config = config
         self._redis = Connection(config, queue)
         self._seq = 0
+
+    def check_secret(self) -> None:
+        """Compare our secret with the one that the queue's workers use, without showing either.
+
+        Raises:
+            SignatureError: they differ.
+            WorkbenchError: Redis cannot be reached.
+        """
+        with self._redis.use() as client:
+            theirs = client.get(self._redis.key("fingerprint"))
+        if theirs is not None and theirs.decode() != codec.fingerprint(self._config.key):
+            raise SignatureError(
+                "this queue's workers use another secret: set the same YADTQ_SECRET (or secret=) here and there"
+            )
 
     def create(self, manifest: Manifest) -> str:
         """Claim the job's name; returns the id of the job that holds it.

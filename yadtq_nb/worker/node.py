@@ -121,6 +121,7 @@ class Node:
     def _connect(self) -> None:
         config, queue = self._config, self.queue
         self._bench = Workbench(config, queue, self.id)
+        self._bench.open()
         self._publisher = Publisher(config, queue)
         topic = self._publisher.topic
         self._heart = Heart(
@@ -415,7 +416,8 @@ def serve(
     """Run a node in this process until SIGTERM or Ctrl-C.
 
     Raises:
-        BacklogError, WorkbenchError: a server cannot be reached at the start.
+        BacklogError, WorkbenchError: a server cannot be reached at the start, or will not do.
+        SignatureError: the queue's other workers have another secret.
     """
     node = Node(config, queue, slots, id=id, predecessor=predecessor, active=active)
     for number in (signal.SIGTERM, signal.SIGINT):
