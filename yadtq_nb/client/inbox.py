@@ -49,16 +49,20 @@ class Inbox:
         self._thread = threading.Thread(target=self._run, name=f"yadtq-inbox-{queue}", daemon=True)
         self._thread.start()
 
-    def watch(self, board: Board, *, known: bool) -> None:
-        """Fill a board until its job ends. known: the job may have outcomes already.
+    def watch(self, board: Board, *, known: bool) -> Board:
+        """Fill a board until its job ends, and return it, or the one that is filled for this job already.
+
+        Args:
+            known: the job may have outcomes already.
 
         Raises:
             WorkbenchError: Redis cannot be reached.
         """
         with self._lock:
-            self._boards[board.job] = board
-        if known:
+            watched = self._boards.setdefault(board.job, board)
+        if known and watched is board:
             self._compare(board)
+        return watched
 
     def want(self, board: Board) -> None:
         """Fetch a board's outcomes from now on, those that were only told included.

@@ -362,10 +362,9 @@ class Completed:
 
 def attach(link: Link, record: JobRecord) -> Job:
     """Return a job that is known to the queue, whoever has sent it."""
-    board = Board(record.id, link.key)
-    job = Job(
+    return Job(
         link,
-        board,
+        link.inbox.watch(Board(record.id, link.key), known=True),
         id=record.id,
         name=record.name,
         total=record.total if record.total >= 0 else None,
@@ -373,8 +372,6 @@ def attach(link: Link, record: JobRecord) -> Job:
         created=record.created,
         parameters=record.parameters,
     )
-    link.inbox.watch(board, known=True)
-    return job
 
 
 def _progress(record: JobRecord, known_total: int | None) -> Progress:

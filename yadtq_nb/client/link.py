@@ -21,7 +21,7 @@ from yadtq_nb.client.inbox import Inbox
 from yadtq_nb.client.job import Job
 from yadtq_nb.client.sender import Mailer, Packet, Sender
 from yadtq_nb.config import Config
-from yadtq_nb.errors import BacklogError, JobError, JobExistsError
+from yadtq_nb.errors import BacklogError, JobError, JobExistsError, SignatureError
 from yadtq_nb.model import CallStyle, Environment, new_id
 from yadtq_nb.workbench.jobs import JobStore
 
@@ -34,15 +34,26 @@ class Link:
 
         Raises:
             WorkbenchError, BacklogError: Redis or Kafka cannot be reached.
+            SignatureError: the workers have another secret.
         """
         self.queue = queue
         self.key = config.key
         self.store = JobStore(config, queue)
+        self._check_secret()
         self.inbox = Inbox(config, queue)
         self._publisher = Publisher(config, queue, ensure_topics(config, queue))
         self.mailer = Mailer(config, self.store, self._publisher)
         self._senders: list[Sender] = []
         self._pid = os.getpid()
+
+    def _check_secret(self) -> None:
+        """Refuse early: workers of another secret would pass by whatever is sent."""
+        live = {view.info.secret for view in self.store.workers() if view.status == "live"} - {""}
+        if live and codec.fingerprint(self.key) not in live:
+            raise SignatureError(
+                f"the workers of queue {self.queue!r} have another secret: set the same YADTQ_SECRET (or secret=) "
+                "in the notebook and on every worker"
+            )
 
     def packet(
         self, fn: Callable[..., Any], kwargs: dict[str, Any], style: CallStyle, name: str | None, where: Environment

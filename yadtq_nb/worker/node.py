@@ -29,6 +29,7 @@ from typing import Final
 
 import psutil
 
+from yadtq_nb import codec
 from yadtq_nb.backlog.connection import Topic, ensure_topics
 from yadtq_nb.backlog.publish import Publisher
 from yadtq_nb.backlog.reader import Record, replay_jobs
@@ -382,6 +383,7 @@ class Node:
             memory=memory,
             running=dict(jobs),
             status=status or ("stopping" if self._stopping.is_set() else "live"),
+            secret=codec.fingerprint(self._config.key),
         )
 
     def _usage(self) -> tuple[float, int]:
