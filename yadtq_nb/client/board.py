@@ -62,7 +62,7 @@ class Outcomes:
         """
         if self._values is None:
             try:
-                self._values = codec.loads(self._pickled)
+                self._values = codec.loads_home(self._pickled)
             except Exception as exc:  # whatever the user's objects do when they are unpickled
                 self._values = [Failure(self._unreadable(exc))] * self.segment.states.count(_SUCCEEDED)
             self._pickled = memoryview(b"")
@@ -397,7 +397,7 @@ def revive(info: ErrorInfo | None, index: int) -> BaseException:
     error: BaseException | None = None
     if info.pickled:
         try:
-            error = codec.loads(info.pickled)
+            error = codec.loads_home(info.pickled)
         except Exception as exc:  # whatever the user's exception does when it is unpickled
             return _stand_in(info, index, f" (it cannot be unpickled here: {type(exc).__name__}: {exc})")
     # A SystemExit, KeyboardInterrupt or CancelledError of a task would end the notebook's own work.

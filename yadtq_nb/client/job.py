@@ -288,7 +288,7 @@ class Job(Sequence[Future[Any]]):
                 sealed = self._link.store.blob(f"{head.job}-{head.number}")
                 arguments = codec.unseal(self._link.key, codec.ARGUMENTS, sealed) if sealed else memoryview(b"")
             try:
-                found = codec.loads(arguments) if len(arguments) else [None] * head.count
+                found = codec.loads_home(arguments) if len(arguments) else [None] * head.count
             except Exception:  # whatever the user's objects do when they are unpickled here
                 found = [None] * head.count
             items += (None if isinstance(item, BrokenItem) else item for item in found)
