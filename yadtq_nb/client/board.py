@@ -42,6 +42,7 @@ class Outcomes:
         self.segment, self._pickled = codec.decode_segment(secret, stored.frame)
         self._mask = stored.mask
         self._values: list[Any] | None = None
+        self._unreadable = False
 
     def indices(self) -> Sequence[int]:
         """Indices in the job of the tasks whose outcome counts."""
@@ -53,7 +54,8 @@ class Outcomes:
     def is_consecutive_success(self) -> bool:
         """Tell whether all tasks from first on succeeded and count: then values() is a slice of the results."""
         segment = self.segment
-        return not self._mask and not segment.scattered and len(self.values()) == segment.count
+        whole = not self._mask and not segment.scattered and len(self.values()) == segment.count
+        return whole and not self._unreadable
 
     def values(self) -> list[Any]:
         """Return the values of those that succeeded, in order, whether they count or not.
@@ -64,11 +66,12 @@ class Outcomes:
             try:
                 self._values = codec.loads_home(self._pickled)
             except Exception as exc:  # whatever the user's objects do when they are unpickled
-                self._values = [Failure(self._unreadable(exc))] * self.segment.states.count(_SUCCEEDED)
+                self._unreadable = True
+                self._values = [Failure(self._why_unreadable(exc))] * self.segment.states.count(_SUCCEEDED)
             self._pickled = memoryview(b"")
         return self._values
 
-    def _unreadable(self, exc: Exception) -> ErrorInfo:
+    def _why_unreadable(self, exc: Exception) -> ErrorInfo:
         indices = self.segment.indices()
         which = f"task {indices[0]}" if len(indices) == 1 else f"tasks {min(indices)} to {max(indices)}"
         message = f"the results of {which} cannot be unpickled here: {type(exc).__name__}: {exc}"
