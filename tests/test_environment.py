@@ -131,7 +131,9 @@ def test_modules_beside_a_script_travel_and_edits_are_seen(run_script: RunScript
     (tmp_path / "ping.py").write_text(
         "import pong\nLIMIT = 1\ndef ping(n):\n    return ['ping'] + (pong.pong(n - 1) if n else [])\n"
     )
-    (tmp_path / "pong.py").write_text("import ping\ndef pong(n):\n    return ['pong'] + (ping.ping(n - 1) if n else [])\n")
+    (tmp_path / "pong.py").write_text(
+        "import ping\ndef pong(n):\n    return ['pong'] + (ping.ping(n - 1) if n else [])\n"
+    )
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "__init__.py").write_text("from inner.deep import VALUE\n")
     (tmp_path / "inner" / "deep.py").write_text("VALUE = 1\n")
@@ -200,8 +202,8 @@ def test_directory_that_a_task_changes_to_is_left_again(queue: Queue) -> None:
 
 def test_what_a_task_prints_does_not_disturb(queue: Queue, capfd: pytest.CaptureFixture[str]) -> None:
     def loud(x: int) -> int:
-        print("x" * 100_000)
-        print("x" * 100_000, file=sys.stderr)
+        for stream in (sys.stdout, sys.stderr):
+            stream.write("x" * 100_000 + "\n")
         return x
 
     assert queue.map(loud, range(10)).results(LIMIT) == list(range(10))

@@ -38,7 +38,7 @@ __import__("cloudpickle").register_pickle_by_value(sys.modules[__name__])
 #: Seconds after which something hangs.
 LIMIT = 30
 
-Point = namedtuple("Point", "x y")  # noqa: PYI024  # what users write
+Point = namedtuple("Point", "x y")
 
 
 @dataclass
@@ -84,7 +84,7 @@ def test_job_is_a_sequence_of_real_futures(queue: Queue) -> None:
     assert [future.result(LIMIT) for future in job] == [0, 1, 4, 9, 16]
     assert job[3] is job[3] is job[-2]
     assert job[1:4] == [job[1], job[2], job[3]]
-    assert list(reversed(job))[0] is job[4]
+    assert next(reversed(job)) is job[4]
     assert job.index(job[2]) == 2
     for index in (5, -6):
         with pytest.raises(IndexError):

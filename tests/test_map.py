@@ -173,7 +173,7 @@ def test_chunksize_may_be_any_whole_number(queue: Queue) -> None:
 def test_function_that_does_not_pickle_is_refused_at_once(queue: Queue) -> None:
     lock = threading.Lock()
     for send in (
-        lambda: queue.map(lambda x: lock, [1]),
+        lambda: queue.map(lambda _: lock, [1]),
         lambda: queue.submit(lambda: lock),
         lambda: queue.map(square, [1], kwargs={"lock": lock}),
     ):
@@ -285,9 +285,7 @@ def test_iterator_may_wait_for_results_of_what_it_has_yielded(queue: Queue, chun
 
 
 @pytest.mark.parametrize("chunksize", ["auto", 5])
-def test_infinite_iterator_is_drawn_only_a_bounded_way_ahead(
-    make_cluster: MakeCluster, chunksize: Any
-) -> None:
+def test_infinite_iterator_is_drawn_only_a_bounded_way_ahead(make_cluster: MakeCluster, chunksize: Any) -> None:
     queue = make_cluster().queue()
     drawn = itertools.count()
     job = queue.map(square, drawn, chunksize=chunksize)

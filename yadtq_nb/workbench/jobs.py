@@ -13,6 +13,8 @@ from yadtq_nb.workbench.connection import Connection
 
 #: Fields or keys fetched in one round trip.
 _PAGE: Final = 100
+#: Bytes at the start of a sealed blob that hold its signature.
+_SIGNED: Final = 64
 #: Seconds after which a sender that has said nothing counts as gone.
 SENDER_LEASE: Final = 10.0
 
@@ -131,7 +133,9 @@ class JobStore:
         key = self._redis.key("blob", name)
         with self._redis.use() as client:
             keep = int(self._config.keep * 4)
-            if client.expire(key, keep):
+            start, _ = client.pipeline(transaction=False).getrange(key, 0, _SIGNED - 1).expire(key, keep).execute()
+            # What another secret has signed, perhaps the one of last year, is no use under the same name.
+            if start == data[:_SIGNED]:
                 return False
             client.set(key, data, ex=keep)
             return True
