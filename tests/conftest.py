@@ -1,20 +1,29 @@
 """What tests share: the servers, once a session; a queue name of its own for each test; workers where they are cheap.
 
-stack     the servers, once for each of --stack
-cluster   the servers with one worker of two slots, for one test
+stack         the servers, once for each of --stack
+cluster       the servers with one worker of two slots, for one test
+queue         a queue served by such a worker, for all tests of a module
+start_script  another program on that queue
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import stacks
 from stacks import MakeCluster
 
+from yadtq_nb import Queue
 from yadtq_nb.local import LocalCluster
 
 _numbers = itertools.count(1)
@@ -50,6 +59,11 @@ def queue_name(request: pytest.FixtureRequest) -> str:
     return f"{readable}-{next(_numbers)}"
 
 
+MakeCluster = Callable[..., LocalCluster]
+StartScript = Callable[..., "subprocess.Popen[str]"]
+RunScript = Callable[..., list[str]]
+
+
 @pytest.fixture
 def make_cluster(stack: stacks.Servers, queue_name: str) -> Iterator[MakeCluster]:
     """Make clusters on the session's servers: LocalCluster's arguments, closed with the test."""
@@ -78,6 +92,64 @@ def make_cluster(stack: stacks.Servers, queue_name: str) -> Iterator[MakeCluster
 def cluster(make_cluster: MakeCluster) -> LocalCluster:
     """One worker with two slots on the session's servers, and a queue of its own."""
     return make_cluster()
+
+
+@pytest.fixture(scope="module")
+def shared_cluster(stack: stacks.Servers, request: pytest.FixtureRequest) -> Iterator[LocalCluster]:
+    """One worker with two slots for all tests of a module that do not disturb each other."""
+    name = f"{request.node.path.stem}-{next(_numbers)}"
+    kafka, redis = stack.config.kafka, stack.config.redis
+    with LocalCluster(2, 1, name, kafka=kafka, redis=redis, settings=_differences(stack)) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def queue(shared_cluster: LocalCluster) -> Iterator[Queue]:
+    """The queue that a module's tests share; jobs have names and ids of their own."""
+    with shared_cluster.queue() as queue:
+        yield queue
+
+
+@pytest.fixture
+def start_script(shared_cluster: LocalCluster, tmp_path: Path) -> Iterator[StartScript]:
+    """Start a program of its own, which has `queue`, in an empty directory; killed with the test."""
+    settings = tmp_path / ".settings.json"
+    settings.write_bytes(msgspec.json.encode(shared_cluster.config))
+    name = shared_cluster.queue().name
+    started: list[subprocess.Popen[str]] = []
+
+    def start(source: str, *arguments: str) -> subprocess.Popen[str]:
+        script = tmp_path / f"script{len(started)}.py"
+        head = f"import sys\nfrom yadtq_nb import *\nqueue = Queue({name!r})\n"
+        script.write_text(head + textwrap.dedent(source))
+        process = subprocess.Popen(
+            [sys.executable, "-W", "error", str(script), *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "YADTQ_CONFIG": str(settings), "PYTHONPATH": str(stacks.ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def run_script(start_script: StartScript) -> RunScript:
+    """Run a program to its end, and return its lines of output."""
+
+    def run(source: str, *arguments: str) -> list[str]:
+        output, errors = (process := start_script(source, *arguments)).communicate(timeout=60)
+        assert process.returncode == 0, errors
+        return output.splitlines()
+
+    return run
 
 
 def _differences(stack: stacks.Servers) -> dict[str, Any]:

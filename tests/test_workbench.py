@@ -377,33 +377,24 @@ def test_name_is_given_to_the_first_job_that_claims_it(bench: Bench) -> None:
     assert bench.store.find("sweep") == "1"
 
 
-def test_client_with_another_secret_is_told_before_it_sends_anything(bench: Bench) -> None:
-    bench.node("a").open()
+def test_secret_that_differs_from_that_of_living_workers_is_told_on_connecting(bench: Bench) -> None:
     bench.store.check_secret()
-    other = JobStore(msgspec.structs.replace(bench.config, secret="another"), bench.queue)
+    info = WorkerInfo("a", "host", 1, 2, 0, 0, 0.0, "3.11", secret=codec.fingerprint(b"another"))
+    bench.node("a").beat(info, 4, [], polls=False)
     with pytest.raises(SignatureError, match="YADTQ_SECRET"):
-        other.check_secret()
-    other.close()
-
-
-def test_node_with_another_secret_does_not_join_living_ones_but_may_replace_dead_ones(bench: Bench) -> None:
-    bench.node("a").open()
-    other = Workbench(msgspec.structs.replace(bench.config, secret="another"), bench.queue, "b")
-    with pytest.raises(SignatureError, match="YADTQ_SECRET"):
-        other.open()
-    gone = time.time() + 2 * LEASE
-    wait_until(lambda: time.time() > gone + 1)
-    other.open()
-    other.close()
+        bench.store.check_secret()
+    wait_until(lambda: bench.store.workers()[0].status == "lost")
+    bench.store.check_secret()
 
 
 def test_server_that_evicts_is_refused(bench: Bench) -> None:
     with bench.store._redis.use() as client:
         client.config_set("maxmemory", "1gb")
         client.config_set("maxmemory-policy", "allkeys-lru")
-        try:
-            with pytest.raises(WorkbenchError, match="noeviction"):
-                bench.node("a").open()
-        finally:
+    try:
+        with pytest.raises(WorkbenchError, match="noeviction"):
+            bench.node("a").check_server()
+    finally:
+        with bench.store._redis.use() as client:
             client.config_set("maxmemory-policy", "noeviction")
             client.config_set("maxmemory", "0")

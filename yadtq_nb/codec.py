@@ -9,11 +9,14 @@ unpickled before it is verified. The kind is signed too, so that a result cannot
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
+import io
 import pickle
+import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeAlias
 
 import msgspec
@@ -44,6 +47,7 @@ _SAMPLE: Final = 16 * 1024
 _OUT_OF_BAND_FROM: Final = 4 * 1024
 _ALIGN: Final = 16
 _COUNT: Final = struct.Struct("<I")
+_SETS_CLASS: Final = re.compile(rb"_class_setstate")
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_chunk = msgspec.msgpack.Decoder(ChunkHead).decode
@@ -139,6 +143,62 @@ def loads(data: Buffer) -> Any:
         FormatError: cut short.
         Exception: whatever unpickling raises.
     """
+    pickled, buffers = _parts(data)
+    return pickle.loads(pickled, buffers=buffers)
+
+
+def loads_home(data: Buffer) -> Any:
+    """Unpickle what a worker has made of this process's own: classes that are known here stay as they are.
+
+    Raises:
+        FormatError: cut short.
+        Exception: whatever unpickling raises.
+    """
+    pickled, buffers = _parts(data)
+    if not sets_classes(pickled):
+        return pickle.loads(pickled, buffers=buffers)
+    return _HomeUnpickler(io.BytesIO(pickled), buffers=buffers).load()
+
+
+def sets_classes(pickled: Buffer) -> bool:
+    """Tell whether unpickling sets the attributes of classes, which may be known by then."""
+    return _SETS_CLASS.search(pickled) is not None
+
+
+class _HomeUnpickler(pickle.Unpickler):
+    """cloudpickle sends a notebook's class with each instance, and would set the class here to what it was there.
+
+    Its methods would then use copies of the notebook's globals, and what was assigned to the class would be undone.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._known: set[int] = set()
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name)
+        if module == "cloudpickle.cloudpickle" and name in ("_make_skeleton_class", "_make_skeleton_enum"):
+            return functools.partial(self._make, found)
+        if module == "cloudpickle.cloudpickle" and name == "_class_setstate":
+            return functools.partial(self._set, found)
+        return found
+
+    def _make(self, make: Callable[..., type], *args: Any) -> type:
+        from cloudpickle import cloudpickle
+
+        *_, tracker_id, _ = args
+        known = cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID.get(tracker_id)
+        cls = make(*args)
+        if cls is known:
+            self._known.add(id(cls))
+        return cls
+
+    def _set(self, set_state: Callable[[type, Any], type], cls: type, state: Any) -> type:
+        return cls if id(cls) in self._known else set_state(cls, state)
+
+
+def _parts(data: Buffer) -> tuple[memoryview, list[memoryview]]:
+    """Return the pickle and its buffers."""
     view = memoryview(data)
     try:
         (count,) = _COUNT.unpack_from(view)
@@ -149,7 +209,7 @@ def loads(data: Buffer) -> Any:
     if not count or position + sum(sizes) > len(view):
         raise FormatError("pickle is cut short")
     if count == 1:
-        return pickle.loads(view[position : position + sizes[0]])
+        return view[position : position + sizes[0]], []
     if view.readonly:
         view = memoryview(bytearray(view))
     data_end = position + sizes[0]
@@ -159,7 +219,7 @@ def loads(data: Buffer) -> Any:
         start = end + (-end % _ALIGN)
         end = start + size
         buffers.append(view[start:end])
-    return pickle.loads(view[position:data_end], buffers=buffers)
+    return view[position:data_end], buffers
 
 
 def encode_chunk(secret: bytes, head: ChunkHead, function: Buffer, arguments: Iterable[Buffer]) -> bytes:
@@ -203,14 +263,14 @@ def decode_segment(secret: bytes, frame: Buffer) -> tuple[Segment, memoryview]:
         raise FormatError(f"outcomes cannot be read: {exc}") from exc
 
 
-def fingerprint(secret: bytes) -> str:
-    """Tell one secret from another without showing it."""
-    return hmac.new(secret, b"yadtq fingerprint", hashlib.sha256).hexdigest()[:16]
-
-
 def content_hash(data: Buffer) -> str:
     """Name of a blob: 32 hex digits of its SHA-256."""
     return hashlib.sha256(data).hexdigest()[:32]
+
+
+def fingerprint(secret: bytes) -> str:
+    """Tell secrets apart without showing them: 16 hex digits."""
+    return hmac.new(secret, b"yadtq fingerprint", hashlib.sha256).hexdigest()[:16]
 
 
 def _split(body: memoryview) -> tuple[memoryview, memoryview]:

@@ -11,7 +11,7 @@ YadtqError
 ├── JobError                            about a whole job
 │   ├── JobExistsError                  the name is taken
 │   ├── JobNotFoundError (LookupError)  no such job on this queue
-│   ├── JobIncompleteError              its client died while it was sending
+│   ├── JobIncompleteError              its client died, or its iterator raised, while it was being sent
 │   └── JobTimeoutError (TimeoutError)  not finished in the time that was given
 └── TaskError                           one task failed, and its own exception cannot be shown
     ├── TaskCrashedError                it killed its slot too often
@@ -82,7 +82,7 @@ class JobNotFoundError(JobError, LookupError):
 
 
 class JobIncompleteError(JobError):
-    """The client died while it was still sending items, so later items are missing."""
+    """The client died while it was still sending items, or its iterator raised, so later items are missing."""
 
 
 class JobTimeoutError(JobError, TimeoutError):

@@ -201,6 +201,8 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     running: dict[str, int] = {}
     #: "live", "stopping" or "stopped".
     status: str = "live"
+    #: Fingerprint of the secret that it verifies with.
+    secret: str = ""
 
 
 class WorkerView(msgspec.Struct, frozen=True):

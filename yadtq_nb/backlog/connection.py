@@ -39,6 +39,10 @@ def translate_kafka_errors(config: Config) -> Iterator[None]:
         raise BacklogError(
             f"Kafka at {config.kafka} cannot be used: {reason}; check YADTQ_KAFKA (or kafka=) and the broker"
         ) from exc
+    except TimeoutError as exc:
+        raise BacklogError(
+            f"Kafka at {config.kafka} did not answer in time; check YADTQ_KAFKA (or kafka=) and the broker"
+        ) from exc
 
 
 def settings(config: Config, **more: Any) -> dict[str, Any]:

@@ -14,12 +14,11 @@ from concurrent.futures import Future
 from typing import Any, Final
 
 from yadtq_nb import codec, errors
-from yadtq_nb.errors import FormatError, JobError, RemoteTraceback, TaskError
+from yadtq_nb.errors import FormatError, JobError, RemoteTraceback, ResultPickleError, TaskError
 from yadtq_nb.model import STATE_OF_CODE, ErrorInfo, State
 from yadtq_nb.workbench.jobs import Stored
 
 _SUCCEEDED: Final = ord("S")
-_FAILED: Final = ord("F")
 
 
 class Failure:
@@ -46,6 +45,7 @@ class Outcomes:
             raise FormatError(f"outcomes of chunk {self.segment.number} of job {self.segment.job} lie at {place}")
         self._mask = stored.mask
         self._values: list[Any] | None = None
+        self._unreadable = False
 
     def indices(self) -> Sequence[int]:
         """Indices in the job of the tasks whose outcome counts."""
@@ -57,14 +57,28 @@ class Outcomes:
     def is_consecutive_success(self) -> bool:
         """Tell whether all tasks from first on succeeded and count: then values() is a slice of the results."""
         segment = self.segment
-        return not self._mask and not segment.scattered and len(self.values()) == segment.count
+        whole = not self._mask and not segment.scattered and len(self.values()) == segment.count
+        return whole and not self._unreadable
 
     def values(self) -> list[Any]:
-        """Return the values of those that succeeded, in order, whether they count or not."""
+        """Return the values of those that succeeded, in order, whether they count or not.
+
+        Where they cannot be unpickled in this process, a Failure that says so stands for each.
+        """
         if self._values is None:
-            self._values = codec.loads(self._pickled)
+            try:
+                self._values = codec.loads_home(self._pickled)
+            except Exception as exc:  # whatever the user's objects do when they are unpickled
+                self._unreadable = True
+                self._values = [Failure(self._why_unreadable(exc))] * self.segment.states.count(_SUCCEEDED)
             self._pickled = memoryview(b"")
         return self._values
+
+    def _why_unreadable(self, exc: Exception) -> ErrorInfo:
+        indices = self.segment.indices()
+        which = f"task {indices[0]}" if len(indices) == 1 else f"tasks {min(indices)} to {max(indices)}"
+        message = f"the results of {which} cannot be unpickled here: {type(exc).__name__}: {exc}"
+        return ErrorInfo("yadtq_nb.errors.ResultPickleError", message, "", ours=ResultPickleError.__name__)
 
     def rows(self) -> Iterator[tuple[int, int, Any]]:
         """Yield (index in the job, position in the segment, value or Failure) of each outcome that counts."""
@@ -109,13 +123,12 @@ class Table:
         for index, position, value in () if outcomes.is_consecutive_success() else outcomes.rows():
             self.values[index] = value
             self.states[index] = segment.states[position]
+            if isinstance(value, Failure) and value.info is not None:
+                self.errors[index] = f"{value.info.type_name.rpartition('.')[2]}: {value.info.message}"
             self.workers[index] = segment.worker
             self.started[index], self.seconds[index], self.attempts[index] = started[position], seconds[position], 1
         for index, attempt in segment.attempts.items():
             self.attempts[index] = attempt
-        for index, info in segment.errors.items():
-            if self.states[index] == _FAILED:
-                self.errors[index] = f"{info.type_name.rpartition('.')[2]}: {info.message}"
 
 
 class Board:
@@ -143,6 +156,8 @@ class Board:
         self.ended = False
         #: Why the rest will never come.
         self.failure: JobError | None = None
+        #: How many tasks there will be after all, once the sender has given up.
+        self._cut_at: int | None = None
 
     # What the inbox tells.
 
@@ -153,6 +168,13 @@ class Board:
                 self.told[field] = count
                 self.done += count
                 self._changed.notify_all()
+        self._end_if_cut()
+
+    def count(self, done: int) -> None:
+        """Note how many tasks have their outcome."""
+        with self._changed:
+            self.done = max(self.done, done)
+        self._end_if_cut()
 
     def missing(self, fields: Sequence[str]) -> list[str]:
         """Return those of the names that have not been put here yet."""
@@ -177,10 +199,10 @@ class Board:
             asked = self._asked(outcomes)
             self._changed.notify_all()
             due = self._due()
-        for future in due:
-            future.set_result(None)
+        _release(due)
         if asked:
             self._resolve(outcomes, asked)
+        self._end_if_cut()
 
     def give_up(self, fields: Sequence[str]) -> None:
         """Expect no more those that were fetched but were not there: they have expired, or Redis was emptied."""
@@ -189,20 +211,40 @@ class Board:
                 self.told.pop(field, None)
             self._changed.notify_all()
 
+    def cut(self, failure: JobError, sent: int) -> None:
+        """Note that only so many tasks were sent, and why; the job ends when these have their outcome."""
+        with self._changed:
+            self.failure, self._cut_at = failure, sent
+            orphans = [future for index, future in self._futures.items() if index >= sent]
+            self._changed.notify_all()
+        for orphan in orphans:
+            orphan.set_exception(failure)
+        self._end_if_cut()
+
+    def _end_if_cut(self) -> None:
+        with self._changed:
+            if self._cut_at is None or self.ended or self.done < self._cut_at:
+                return
+            due = self._end()
+        _release(due)
+
     def end(self, failure: JobError | None = None) -> None:
         """Note that nothing more will come; with a failure, that some never will."""
         with self._changed:
-            self.ended = True
-            self.failure = failure
-            self._changed.notify_all()
-            due = [future for _, future in self._waiters]
-            self._waiters.clear()
+            self.failure, self._cut_at = failure, None
+            due = self._end()
             orphans = list(self._futures.values()) if failure else []
-        for future in due:
-            future.set_result(None)
+        _release(due)
         for orphan in orphans:
             if not orphan.done():
                 orphan.set_exception(failure)
+
+    def _end(self) -> list[Future[None]]:
+        self.ended = True
+        self._changed.notify_all()
+        due = [future for _, future in self._waiters]
+        self._waiters.clear()
+        return due
 
     def _index(self, outcomes: Outcomes) -> None:
         segment = outcomes.segment
@@ -230,7 +272,7 @@ class Board:
                 return known
             future = self._futures[index] = make(index)
             found = self._find(index)
-            failure = self.failure
+            failure = None if self._cut_at is not None and index < self._cut_at else self.failure
         if found is not None:
             self._resolve(found[0], [index])
         elif failure is not None:
@@ -344,6 +386,13 @@ class Board:
         return STATE_OF_CODE[found[0].segment.states[found[1]]] if found else None
 
 
+def _release(waiters: Sequence[Future[None]]) -> None:
+    for waiter in waiters:
+        # A coroutine that was cancelled has cancelled its waiter, too.
+        if waiter.set_running_or_notify_cancel():
+            waiter.set_result(None)
+
+
 def revive(info: ErrorInfo | None, index: int) -> BaseException:
     """Bring a task's exception back as itself, with the remote traceback as its cause.
 
@@ -354,10 +403,11 @@ def revive(info: ErrorInfo | None, index: int) -> BaseException:
     error: BaseException | None = None
     if info.pickled:
         try:
-            error = codec.loads(info.pickled)
+            error = codec.loads_home(info.pickled)
         except Exception as exc:  # whatever the user's exception does when it is unpickled
             return _stand_in(info, index, f" (it cannot be unpickled here: {type(exc).__name__}: {exc})")
-    if not isinstance(error, BaseException):
+    # A SystemExit, KeyboardInterrupt or CancelledError of a task would end the notebook's own work.
+    if not isinstance(error, Exception):
         return _stand_in(info, index, "")
     if info.traceback:
         error.__cause__ = RemoteTraceback(info.traceback)

@@ -24,7 +24,7 @@ _SILENCE: Final = 5.0
 _SENDING: Final = 3.0
 #: Seconds between tries while Redis is away.
 _PAUSE: Final = 0.2
-#: Seconds for which a job that the workbench does not know is still waited for: its first chunk may be on its way.
+#: Seconds for which a job that the workbench has forgotten is still waited for: nodes may be filling it again.
 _PATIENCE: Final = 30.0
 
 
@@ -41,23 +41,28 @@ class Inbox:
         self._store = JobStore(config, queue)
         self._boards: dict[str, Board] = {}
         self._sending: set[str] = set()
-        self._unknown_since: dict[str, float] = {}
+        #: Job to when the workbench was last seen to know it.
+        self._last_known: dict[str, float] = {}
         self._lock = threading.Lock()
         self._closing = False
         self._position = self._news.news_position()
         self._thread = threading.Thread(target=self._run, name=f"yadtq-inbox-{queue}", daemon=True)
         self._thread.start()
 
-    def watch(self, board: Board, *, known: bool) -> None:
-        """Fill a board until its job ends. known: the job may have outcomes already.
+    def watch(self, board: Board, *, known: bool) -> Board:
+        """Fill a board until its job ends, and return it, or the one that is filled for this job already.
+
+        Args:
+            known: the job may have outcomes already.
 
         Raises:
             WorkbenchError: Redis cannot be reached.
         """
         with self._lock:
-            self._boards[board.job] = board
-        if known:
+            watched = self._boards.setdefault(board.job, board)
+        if known and watched is board:
             self._compare(board)
+        return watched
 
     def want(self, board: Board) -> None:
         """Fetch a board's outcomes from now on, those that were only told included.
@@ -80,9 +85,14 @@ class Inbox:
             self._sending.discard(job)
 
     def close(self) -> None:
-        """Stop listening; boards that wait hear nothing more."""
+        """Stop listening: whoever waits for a job is told so."""
         self._closing = True
         self._thread.join()
+        with self._lock:
+            boards = list(self._boards.values())
+        for board in boards:
+            closed = f"the queue was closed while job {board.job} ran; it goes on: open a queue and use queue.job(...)"
+            self._end(board, JobError(closed, job=board.job))
         self._news.close()
         self._store.close()
 
@@ -92,17 +102,22 @@ class Inbox:
             try:
                 self._position, news, missed = self._news.wait_for_news(self._position, 0.5)
                 now = time.monotonic()
+                if missed or now - heard_at > _SILENCE:
+                    # Before hearing: news of a job's end ends its board, and what was missed must be on it by then.
+                    heard_at = now
+                    self._catch_up()
                 if news:
                     self._hear(news)
                     heard_at = now
                 if now - said_at > _SENDING:
                     said_at = now
                     self._say_sending()
-                if missed or now - heard_at > _SILENCE:
-                    heard_at = now
-                    self._catch_up()
             except WorkbenchError as exc:
                 log.warning("news waits: %s", exc)
+                heard_at = 0.0
+                time.sleep(_PAUSE)
+            except Exception:  # a defect in one job's news must not silence those of all others
+                log.exception("news could not be used")
                 heard_at = 0.0
                 time.sleep(_PAUSE)
 
@@ -147,12 +162,18 @@ class Inbox:
         try:
             board.put(stored)
         except CodecError as exc:
-            self._end(board, JobError(f"outcomes of job {board.job} cannot be read: {exc}", job=board.job))
+            failure = JobError(f"outcomes of job {board.job} cannot be read: {exc}", job=board.job)
+            failure.__cause__ = exc
+            self._end(board, failure)
 
     def _end(self, board: Board, failure: JobError | None = None) -> None:
+        self._forget(board)
+        board.end(failure)
+
+    def _forget(self, board: Board) -> None:
         with self._lock:
             self._boards.pop(board.job, None)
-        board.end(failure)
+            self._last_known.pop(board.job, None)
 
     # When the news cannot be trusted to be whole.
 
@@ -175,18 +196,19 @@ class Inbox:
         if record is None:
             self._doubt(board)
             return
-        self._unknown_since.pop(board.job, None)
-        board.done = max(board.done, record.done)
+        self._last_known[board.job] = time.monotonic()
+        board.count(record.done)
         if record.ended is not None:
             self._end(board)
-        elif is_incomplete(record) and record.done >= record.fed:
+        elif board.ended:
+            self._forget(board)
+        elif board.failure is None and is_incomplete(record) and record.done >= record.fed:
             self._end(board, incomplete(record))
 
     def _doubt(self, board: Board) -> None:
-        since = self._unknown_since.setdefault(board.job, time.monotonic())
-        with self._lock:
-            sending = board.job in self._sending
-        if not sending and time.monotonic() - since > _PATIENCE:
+        """Give up a job that the workbench knew once. One that it never knew still waits in the backlog."""
+        known = self._last_known.get(board.job)
+        if known is not None and time.monotonic() - known > _PATIENCE:
             self._end(board, JobNotFoundError(f"the queue does not know job {board.job} any more", job=board.job))
 
 

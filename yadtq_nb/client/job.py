@@ -13,8 +13,8 @@ from yadtq_nb import codec
 from yadtq_nb.client.board import Board, Failure, revive
 from yadtq_nb.client.future import TaskFuture
 from yadtq_nb.client.inbox import Inbox, is_incomplete
-from yadtq_nb.errors import JobTimeoutError, YadtqError
-from yadtq_nb.model import CallStyle, JobState, Progress, State, WorkerView
+from yadtq_nb.errors import JobIncompleteError, JobTimeoutError, YadtqError
+from yadtq_nb.model import BrokenItem, CallStyle, JobState, Progress, State, WorkerView
 from yadtq_nb.workbench.jobs import JobRecord, JobStore
 
 if TYPE_CHECKING:
@@ -106,11 +106,18 @@ class Job(Sequence[Future[Any]]):
             index += 1
 
     def _has(self, index: int) -> bool:
+        board = self._board
+        if self._total is None and index < board.done:
+            return True
         total = self._known_total()
         if total is None:
-            self._board.wait(lambda: self._board.done > index or self._board.ended, None)
+            board.wait(lambda: board.done > index or board.ended, None)
             total = self._known_total()
-        return total is None or index < total
+        if total is not None:
+            return index < total
+        if index >= board.done:
+            self._raise_failure()
+        return index < board.done
 
     def _future(self, index: int) -> Future[Any]:
         self.want()
@@ -135,11 +142,11 @@ class Job(Sequence[Future[Any]]):
         Args:
             timeout: seconds to wait at most; None for no limit.
             errors: "raise" raises the first failure in order, as soon as all before it are done; "return" puts
-                exceptions in their place; "skip" leaves failed tasks out.
+                exceptions in their place; "skip" leaves failed tasks out, and those that were never sent.
 
         Raises:
             JobTimeoutError: not done in time.
-            JobIncompleteError: its client died while it was sending, and everything it had sent is done.
+            JobIncompleteError: its client died or its iterator raised, and everything that was sent is done.
             Exception: what the first failed task raised, with the worker's traceback as its cause.
         """
         if errors not in ("raise", "return", "skip"):
@@ -149,13 +156,15 @@ class Job(Sequence[Future[Any]]):
         stop = (lambda: board.complete() or board.failed_in_order()) if errors == "raise" else board.complete
         if not board.wait(stop, _deadline(timeout)):
             raise JobTimeoutError(f"job {self.name!r} was not done within {timeout} s: {self}", job=self.name)
+        # What was sent and failed tells more than that the rest is missing.
         if errors != "raise" or not board.failed_in_order():
             self._raise_failure(errors)
         return self._collect(errors)
 
-    def _raise_failure(self, errors: Errors) -> None:
-        if self._board.failure is not None and errors != "skip":
-            raise self._board.failure
+    def _raise_failure(self, errors: Errors = "raise") -> None:
+        failure = self._board.failure
+        if failure is not None and not (errors == "skip" and isinstance(failure, JobIncompleteError)):
+            raise failure
 
     def _collect(self, errors: Errors) -> list[Any]:
         total = self._known_total()
@@ -254,6 +263,7 @@ class Job(Sequence[Future[Any]]):
 
         self.want()
         self._board.wait(self._board.complete, None)
+        self._raise_failure("skip")
         total = self._known_total()
         table = self._board.table(self._highest() if total is None else total)
         items = self._inputs()
@@ -277,7 +287,11 @@ class Job(Sequence[Future[Any]]):
             if head.by_reference:
                 sealed = self._link.store.blob(f"{head.job}-{head.number}")
                 arguments = codec.unseal(self._link.key, codec.ARGUMENTS, sealed) if sealed else memoryview(b"")
-            items += codec.loads(arguments) if len(arguments) else [None] * head.count
+            try:
+                found = codec.loads_home(arguments) if len(arguments) else [None] * head.count
+            except Exception:  # whatever the user's objects do when they are unpickled here
+                found = [None] * head.count
+            items += (None if isinstance(item, BrokenItem) else item for item in found)
         return items
 
     # How it looks.
@@ -355,10 +369,9 @@ class Completed:
 
 def attach(link: Link, record: JobRecord) -> Job:
     """Return a job that is known to the queue, whoever has sent it."""
-    board = Board(record.id, link.key)
-    job = Job(
+    return Job(
         link,
-        board,
+        link.inbox.watch(Board(record.id, link.key), known=True),
         id=record.id,
         name=record.name,
         total=record.total if record.total >= 0 else None,
@@ -366,8 +379,6 @@ def attach(link: Link, record: JobRecord) -> Job:
         created=record.created,
         parameters=record.parameters,
     )
-    link.inbox.watch(board, known=True)
-    return job
 
 
 def _progress(record: JobRecord, known_total: int | None) -> Progress:

@@ -61,6 +61,7 @@ class Link:
         packet = Packet(
             job=job,
             name=name or f"{function_name(fn).rpartition('.')[2].strip('<>')}-{job[-5:]}",
+            named=name is not None,
             function=function,
             function_id=codec.content_hash(function),
             function_name=function_name(fn),
@@ -74,26 +75,25 @@ class Link:
             self.mailer.keep_blob(codec.FUNCTION, packet.function_id, function)
         return packet
 
-    def claim(self, packet: Packet, total: int | None, *, named: bool) -> Packet:
-        """Make the job known to the queue under its name; a name that we gave ourselves makes way.
+    def claim(self, packet: Packet, total: int | None) -> Packet:
+        """Make the job known to the queue, under its name; a name that was made up is changed when it is taken.
 
         Raises:
             JobExistsError: the name is taken.
             WorkbenchError: Redis cannot be reached.
         """
-        manifest = packet.manifest(total, f"{socket.gethostname()}:{os.getpid()}")
-        holder = self.store.create(manifest)
-        if holder != packet.job and not named:
-            packet = msgspec.structs.replace(packet, name=f"{packet.name}-{packet.job}")
-            manifest = msgspec.structs.replace(manifest, name=packet.name)
-            holder = self.store.create(manifest)
-        if holder != packet.job:
+        client = f"{socket.gethostname()}:{os.getpid()}"
+        holder = self.store.create(packet.manifest(total, client))
+        if holder != packet.job and packet.named:
             raise JobExistsError(
                 f"queue {self.queue!r} has a job {packet.name!r} already (id {holder}): get it with "
                 f"queue.job({packet.name!r}), or choose another name",
                 job=packet.name,
             )
-        self.mailer.send_entry(manifest)
+        if holder != packet.job:
+            packet = msgspec.structs.replace(packet, name=f"{packet.name}-{packet.job}")
+            self.store.create(packet.manifest(total, client))
+        self.mailer.send_entry(packet.manifest(total, client))
         return packet
 
     def post(
@@ -155,13 +155,15 @@ class Link:
         return board, job
 
     def finish_sending(self, timeout: float) -> None:
-        """Wait for jobs whose input has an end to be sent, and for Kafka to have everything."""
+        """Wait for jobs whose input has an end to be sent, give up the others, and wait for Kafka to have it all."""
         if os.getpid() != self._pid:
             return
         deadline = time.monotonic() + timeout
         for sender in self._senders:
             if sender.bounded:
                 sender.finished.wait(max(0.0, deadline - time.monotonic()))
+            else:
+                sender.abandon()
         self._publisher.flush(max(0.1, deadline - time.monotonic()))
 
     def close(self) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import operator
 import os
 import socket
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -132,11 +132,12 @@ class Queue:
         return Options(self, name=name, chunksize=chunksize)
 
     def _submit(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], name: str | None) -> Any:
+        _check_call(fn, name)
         link = self._link()
         packet = link.packet(fn, {}, "call", name, _environment(fn, link))
-        if name is not None:
-            link.claim(packet, 1, named=True)
-        return link.post_one(packet, (args, kwargs))[0]
+        if name is None:
+            return link.post_one(packet, (args, kwargs))[0]
+        return link.post(link.claim(packet, 1), [(args, kwargs)], 1, 1, self._slots)[0]
 
     def _send(
         self,
@@ -148,17 +149,14 @@ class Queue:
         kwargs: dict[str, Any] | None,
         chunksize: ChunkSize,
     ) -> Job:
-        if not callable(fn):
-            raise TypeError(f"the first argument must be callable, not {type(fn).__name__}")
-        if chunksize != "auto" and (not isinstance(chunksize, int) or chunksize < 1):
-            raise ValueError(f"chunksize must be 'auto' or at least 1, not {chunksize!r}")
+        _check_call(fn, name)
+        size = _chunk_size(chunksize)
         # A copy, so that what the caller does to the list afterwards changes nothing.
         items = list(iterable) if isinstance(iterable, Sized) else iter(iterable)
         total = len(items) if isinstance(items, list) else None
         link = self._link()
         packet = link.packet(fn, kwargs or {}, style, name, _environment(fn, link, items))
-        packet = link.claim(packet, total, named=name is not None)
-        return link.post(packet, items, total, None if chunksize == "auto" else chunksize, self._slots)
+        return link.post(link.claim(packet, total), items, total, size, self._slots)
 
     # Finding.
 
@@ -208,6 +206,7 @@ class Queue:
         with self._lock:
             opened, self._opened = self._opened, None
         if opened is not None and opened[0] == os.getpid():
+            _open_links.discard(opened[2])
             opened[2].close()
 
     def __enter__(self) -> Queue:
@@ -278,7 +277,32 @@ class Options:
 
 
 _NAME_CHARACTERS: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
-_open_links: weakref.WeakSet[Link] = weakref.WeakSet()
+#: Links that are not closed, held until exit: whoever drops a Queue may still be sending through it.
+_open_links: set[Link] = set()
+
+
+def _check_call(fn: Callable[..., Any], name: str | None) -> None:
+    if not callable(fn):
+        raise TypeError(f"the first argument must be callable, not {type(fn).__name__}")
+    if name is None:
+        return
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a job must be a string, not {type(name).__name__}")
+    if not name or name != name.encode("utf-8", "replace").decode():
+        raise ValueError(f"{name!r} cannot be the name of a job: it is empty, or no valid text")
+
+
+def _chunk_size(chunksize: ChunkSize) -> int | None:
+    """Return how many tasks shall travel together, or None when that is to be measured."""
+    if chunksize == "auto":
+        return None
+    try:
+        size = operator.index(chunksize)
+    except TypeError:
+        size = 0
+    if size < 1:
+        raise ValueError(f"chunksize must be 'auto' or at least 1, not {chunksize!r}")
+    return size
 
 
 def _zipped(iterables: tuple[Iterable[Any], ...]) -> Iterable[Any]:

@@ -5,6 +5,7 @@ manifest ─▶ a few tasks alone ─▶ (measure) ─▶ chunks … ─▶ seal
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -18,9 +19,10 @@ from yadtq_nb import codec, journal
 from yadtq_nb.backlog.publish import MAX_RECORD, Publisher
 from yadtq_nb.client import planner
 from yadtq_nb.client.board import Board
+from yadtq_nb.client.drawer import Drawer
 from yadtq_nb.client.inbox import Inbox
 from yadtq_nb.config import Config
-from yadtq_nb.errors import BacklogError, JobError, WorkbenchError, YadtqError
+from yadtq_nb.errors import BacklogError, JobIncompleteError, WorkbenchError, YadtqError
 from yadtq_nb.model import BrokenItem, CallStyle, ChunkHead, Environment, Manifest, Seal
 from yadtq_nb.workbench.jobs import JobStore
 
@@ -39,6 +41,8 @@ class Packet(msgspec.Struct, frozen=True):
 
     job: str
     name: str
+    #: Whether someone chose the name.
+    named: bool
     #: The pickle of the function and its fixed keyword arguments.
     function: bytes
     #: Its content hash.
@@ -209,26 +213,35 @@ class Sender:
         self._inbox.sending(self._packet.job)
         self._thread.start()
 
+    def abandon(self) -> None:
+        """Tell the queue that no more will come: this process ends, and its iterator with it."""
+        if not self.finished.is_set():
+            self._inbox.sent(self._packet.job)
+            with contextlib.suppress(WorkbenchError):  # then the queue will see by itself
+                self._store.stop_sending(self._packet.job)
+
     def _run(self) -> None:
         try:
             self._send_all()
             self._seal()
-        except YadtqError as exc:
-            self._give_up(exc)
-        except Exception as exc:  # the user's iterator raised
+        except BaseException as exc:  # a server is away, or the user's iterator raised, whatever it may be
             self._give_up(exc)
         finally:
             self._inbox.sent(self._packet.job)
             self.finished.set()
 
-    def _give_up(self, exc: Exception) -> None:
+    def _give_up(self, exc: BaseException) -> None:
         log.warning("job %s was not sent whole: %s", self._packet.name, exc)
-        failure = JobError(
-            f"job {self._packet.name!r} was sent only up to item {self._sent}: {type(exc).__name__}: {exc}",
+        failure = JobIncompleteError(
+            f"job {self._packet.name!r} is incomplete: after item {self._sent} {type(exc).__name__}: {exc}; "
+            "the outcomes of those that were sent are kept (errors='skip', to_frame())",
             job=self._packet.name,
         )
         failure.__cause__ = exc
-        self._board.end(failure)
+        if isinstance(exc, YadtqError) or not self._mailer.flush() or self._refused is not None:
+            self._board.end(failure)
+        else:
+            self._board.cut(failure, self._sent)
         try:
             self._store.stop_sending(self._packet.job)
         except WorkbenchError:
@@ -237,7 +250,7 @@ class Sender:
     def _send_all(self) -> None:
         if self._chunksize is not None:
             measured = planner.Measured(None, 0.0, self._slots())
-            self._send_rest(lambda: self._chunksize or 1, 4 * self._chunksize * max(1, measured.slots))
+            self._send_rest(self._chunksize, 4 * self._chunksize * max(1, measured.slots))
             return
         slots = self._slots()
         probes = planner.probes(self._known_total or slots, slots)
@@ -248,12 +261,16 @@ class Sender:
         measured = self._measure(slots)
         left = None if self._known_total is None else self._known_total - self._sent
         size = planner.chunk_size(left, measured)
-        self._send_rest(lambda: size, planner.window(measured))
+        self._send_rest(size, planner.window(measured))
 
-    def _send_rest(self, size: Callable[[], int], window: int) -> None:
-        while items := list(itertools.islice(self._items, size())):
-            self._send(items)
-            if self._known_total is None:
+    def _send_rest(self, size: int, window: int) -> None:
+        if self._known_total is not None:
+            while items := list(itertools.islice(self._items, size)):
+                self._send(items)
+            return
+        with contextlib.closing(Drawer(self._items, f"yadtq-drawer-{self._packet.name}")) as drawer:
+            while items := drawer.take(size):
+                self._send(items)
                 self._wait_for_room(window)
 
     def _send(self, items: Sequence[Any]) -> None:
@@ -286,6 +303,8 @@ class Sender:
         if board.done < limit:
             self._mailer.ring()
             board.wait(lambda: board.done >= limit or board.ended, None)
+            if board.failure is not None:
+                raise board.failure
 
     def _acknowledge(self, error: BacklogError | None, partition: int, offset: int) -> None:
         if error is not None:

@@ -50,6 +50,8 @@ class Slot:
         self._pid = os.getpid()
         self._setup = Setup(b"", "", "")
         self._functions: dict[str, Callable[..., Any]] = {}
+        #: Those of them that bring classes of the notebook along.
+        self._with_classes: set[str] = set()
         self._entered: Environment | None = None
         self._home = ""
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -130,6 +132,11 @@ class Slot:
         if call is None:
             data = inline if head.function_size else self._blob(codec.FUNCTION, path, head.function)
             call = _load_function(data, head.environment)
+            if codec.sets_classes(data):
+                # The notebook's classes are now as this function wants them, and no more as others want them.
+                for other in self._with_classes:
+                    self._functions.pop(other, None)
+                self._with_classes = {head.function}
             while len(self._functions) >= _FUNCTIONS:
                 del self._functions[next(iter(self._functions))]
             self._functions[head.function] = call

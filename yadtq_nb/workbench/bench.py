@@ -9,7 +9,7 @@ import msgspec
 
 from yadtq_nb import codec
 from yadtq_nb.config import Config
-from yadtq_nb.errors import FormatError, SignatureError, WorkbenchError
+from yadtq_nb.errors import FormatError, WorkbenchError
 from yadtq_nb.model import ChunkHead, Lease, WorkerInfo
 from yadtq_nb.workbench.connection import Connection
 
@@ -89,29 +89,19 @@ class Workbench:
         self._node = node
         self._redis = Connection(config, queue)
 
-    def open(self) -> None:
-        """Check that this server will do, and that the queue's other workers have our secret.
+    def check_server(self) -> None:
+        """Check that this server keeps what it is given.
 
         Raises:
-            WorkbenchError: Redis may throw keys away when it is full, or cannot be reached.
-            SignatureError: other workers that live have another secret.
+            WorkbenchError: it may throw keys away when it is full, or cannot be reached.
         """
         with self._redis.use() as client:
             memory = client.info("memory")
-            if memory.get("maxmemory") and memory.get("maxmemory_policy") != "noeviction":
-                raise WorkbenchError(
-                    f"Redis would throw away work when it is full (maxmemory-policy {memory['maxmemory_policy']}): "
-                    "set maxmemory-policy noeviction"
-                )
-            ours, key = codec.fingerprint(self._config.key), self._redis.key("fingerprint")
-            theirs = client.get(key)
-            now = client.time()[0]
-            alive = client.zcount(self._redis.key("beats"), now - 2 * self._config.lease, "+inf")
-            if theirs is not None and theirs.decode() != ours and alive:
-                raise SignatureError(
-                    "this queue's other workers use another secret: set the same YADTQ_SECRET on all of them"
-                )
-            client.set(key, ours)
+        if memory.get("maxmemory") and memory.get("maxmemory_policy") != "noeviction":
+            raise WorkbenchError(
+                f"Redis would throw away work when it is full (maxmemory-policy {memory['maxmemory_policy']}): "
+                "set maxmemory-policy noeviction"
+            )
 
     def feed(self, batches: Sequence[Batch], free: int) -> tuple[list[Fed], list[Lease]]:
         """Put batches on the workbench, each only if its cursor is where the batch began.

@@ -15,6 +15,8 @@ from yadtq_nb.workbench.connection import Connection
 
 #: Fields or keys fetched in one round trip.
 _PAGE: Final = 100
+#: Bytes at the start of a sealed blob that hold its signature.
+_SIGNED: Final = 64
 #: Seconds after which a sender that has said nothing counts as gone.
 SENDER_LEASE: Final = 10.0
 
@@ -93,15 +95,14 @@ class JobStore:
         self._seq = 0
 
     def check_secret(self) -> None:
-        """Compare our secret with the one that the queue's workers use, without showing either.
+        """Compare our secret with that of the living workers, who would pass by whatever we send.
 
         Raises:
             SignatureError: they differ.
             WorkbenchError: Redis cannot be reached.
         """
-        with self._redis.use() as client:
-            theirs = client.get(self._redis.key("fingerprint"))
-        if theirs is not None and theirs.decode() != codec.fingerprint(self._config.key):
+        live = {view.info.secret for view in self.workers() if view.status == "live"} - {""}
+        if live and codec.fingerprint(self._config.key) not in live:
             raise SignatureError(
                 "this queue's workers use another secret: set the same YADTQ_SECRET (or secret=) here and there"
             )
@@ -147,7 +148,9 @@ class JobStore:
         key = self._redis.key("blob", name)
         with self._redis.use() as client:
             keep = int(self._config.keep * 4)
-            if client.expire(key, keep):
+            start, _ = client.pipeline(transaction=False).getrange(key, 0, _SIGNED - 1).expire(key, keep).execute()
+            # What another secret has signed, perhaps the one of last year, is no use under the same name.
+            if start == data[:_SIGNED]:
                 return False
             client.set(key, data, ex=keep)
             return True

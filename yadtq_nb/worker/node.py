@@ -29,6 +29,7 @@ from typing import Final
 
 import psutil
 
+from yadtq_nb import codec
 from yadtq_nb.backlog.connection import Topic
 from yadtq_nb.backlog.publish import Publisher
 from yadtq_nb.backlog.reader import Record, replay_jobs
@@ -37,6 +38,7 @@ from yadtq_nb.errors import BacklogError, CodecError, TaskError, WorkbenchError
 from yadtq_nb.model import Lease, WorkerInfo
 from yadtq_nb.slots.pool import Died, Outcomes, SlotPool
 from yadtq_nb.workbench.bench import Heard, NotLiveError, Workbench
+from yadtq_nb.workbench.jobs import JobStore
 from yadtq_nb.worker import crash
 from yadtq_nb.worker.blobs import BlobFiles
 from yadtq_nb.worker.feeder import Feeder
@@ -121,7 +123,9 @@ class Node:
     def _connect(self) -> None:
         config, queue = self._config, self.queue
         self._bench = Workbench(config, queue, self.id)
-        self._bench.open()
+        self._bench.check_server()
+        with contextlib.closing(JobStore(config, queue)) as store:
+            store.check_secret()
         self._publisher = Publisher(config, queue)
         topic = self._publisher.topic
         self._heart = Heart(
@@ -383,6 +387,7 @@ class Node:
             memory=memory,
             running=dict(jobs),
             status=status or ("stopping" if self._stopping.is_set() else "live"),
+            secret=codec.fingerprint(self._config.key),
         )
 
     def _usage(self) -> tuple[float, int]:

@@ -1,0 +1,471 @@
+"""What a job tells: futures, results, progress, frames; here, in a coroutine, and in another program."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import signal
+import sys
+import threading
+import time
+from collections import namedtuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from conftest import MakeCluster, RunScript, StartScript
+from redis import Redis
+
+from yadtq_nb import (
+    Job,
+    JobError,
+    JobIncompleteError,
+    JobNotFoundError,
+    JobState,
+    JobTimeoutError,
+    LocalCluster,
+    Queue,
+    State,
+    TaskFuture,
+)
+
+# Functions of the tests travel by value, as those of a notebook do.
+__import__("cloudpickle").register_pickle_by_value(sys.modules[__name__])
+
+#: Seconds after which something hangs.
+LIMIT = 30
+
+Point = namedtuple("Point", "x y")
+
+
+@dataclass
+class Score:
+    mean: float
+    runs: int
+
+
+def square(x: int) -> int:
+    return x * x
+
+
+def odd_fails(x: int) -> int:
+    if x % 2:
+        raise ValueError(f"{x} is odd")
+    return x
+
+
+def wait_for_file(path: str) -> str:
+    while not Path(path).exists():
+        time.sleep(0.01)
+    return path
+
+
+def when(condition: Callable[[], Any]) -> Any:
+    """Wait until a condition holds, and return what it said."""
+    deadline = time.monotonic() + LIMIT
+    while not (said := condition()):
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.01)
+    return said
+
+
+# A sequence of futures.
+
+
+def test_job_is_a_sequence_of_real_futures(queue: Queue) -> None:
+    job = queue.map(square, range(5))
+    assert isinstance(job, Job)
+    assert isinstance(job, Sequence)
+    assert len(job) == 5
+    assert all(isinstance(future, concurrent.futures.Future) for future in job)
+    assert [future.result(LIMIT) for future in job] == [0, 1, 4, 9, 16]
+    assert job[3] is job[3] is job[-2]
+    assert job[1:4] == [job[1], job[2], job[3]]
+    assert next(reversed(job)) is job[4]
+    assert job.index(job[2]) == 2
+    for index in (5, -6):
+        with pytest.raises(IndexError):
+            job[index]
+
+
+def test_standard_wait_and_as_completed_take_a_job(queue: Queue) -> None:
+    job = queue.map(odd_fails, range(20))
+    done, not_done = concurrent.futures.wait(job, LIMIT)
+    assert (len(done), len(not_done)) == (20, 0)
+    assert set(concurrent.futures.as_completed(job, LIMIT)) == set(job)
+    done, _ = concurrent.futures.wait(
+        queue.map(odd_fails, [1, 2]), LIMIT, return_when=concurrent.futures.FIRST_EXCEPTION
+    )
+    assert any(future.exception() for future in done)
+
+
+def test_callbacks_are_called_and_may_send_more_work(queue: Queue) -> None:
+    called: list[concurrent.futures.Future[Any]] = []
+    all_called = threading.Event()
+
+    def callback(future: concurrent.futures.Future[Any]) -> None:
+        called.append(queue.submit(square, future.result()))
+        if len(called) == 3:
+            all_called.set()
+
+    job = queue.map(square, [1, 2, 3])
+    for future in job:
+        future.add_done_callback(callback)
+    assert all_called.wait(LIMIT)
+    assert sorted(future.result(LIMIT) for future in called) == [1, 16, 81]
+
+
+def test_callback_that_raises_disturbs_nobody(queue: Queue) -> None:
+    job = queue.map(square, range(10))
+    job[0].add_done_callback(lambda _: 1 / 0)
+    assert job.results(LIMIT) == [x * x for x in range(10)]
+    assert queue.map(square, [3]).results(LIMIT) == [9]
+
+
+def test_futures_asked_for_before_and_after_the_end_say_the_same(queue: Queue) -> None:
+    job = queue.map(odd_fails, range(6))
+    before = list(job)[:3]
+    assert job.wait(LIMIT)
+    after = list(job)
+    assert before == after[:3]
+    assert [f.exception() is None for f in after] == [True, False] * 3
+
+
+def test_future_knows_its_job_key_and_state(queue: Queue) -> None:
+    job = queue.map(odd_fails, [2, 3], name="keys")
+    future = job[1]
+    assert isinstance(future, TaskFuture)
+    assert future.exception(LIMIT) is not None
+    assert (future.job, future.index, future.key, future.state) == (job, 1, "keys[1]", State.FAILED)
+    assert "keys[1]" in repr(future)
+    assert not future.cancel()
+
+
+# Results.
+
+
+def test_failing_task_stops_nothing(queue: Queue) -> None:
+    job = queue.map(odd_fails, range(100))
+    with pytest.raises(ValueError, match="1 is odd"):
+        job.results(LIMIT)
+    assert job.results(LIMIT, errors="skip") == list(range(0, 100, 2))
+    returned = job.results(LIMIT, errors="return")
+    assert [type(value) for value in returned] == [int, ValueError] * 50
+    assert str(returned[99]) == "99 is odd"
+    assert job.state == JobState.FAILED
+
+
+def test_first_failure_in_order_is_raised_before_the_rest_is_done(queue: Queue, tmp_path: Path) -> None:
+    gate = str(tmp_path / "gate")
+    job = queue.map(lambda x: wait_for_file(gate) if x == 2 else odd_fails(x), [0, 1, 2], chunksize=1)
+    with pytest.raises(ValueError, match="1 is odd"):
+        job.results(LIMIT)
+    assert not job.wait(0)
+    Path(gate).touch()
+    assert job.results(LIMIT, errors="skip") == [0, gate]
+
+
+def test_results_and_wait_give_up_after_their_timeout(queue: Queue, tmp_path: Path) -> None:
+    gate = str(tmp_path / "gate")
+    job = queue.map(wait_for_file, [gate])
+    with pytest.raises(JobTimeoutError, match=r"0\.05 s") as caught:
+        job.results(0.05)
+    assert isinstance(caught.value, TimeoutError)
+    assert caught.value.job == job.name
+    assert job.wait(0.05) is False
+    with pytest.raises(TimeoutError):
+        job[0].result(0.05)
+    Path(gate).touch()
+    assert job.wait(LIMIT) is True
+    assert job.results() == [gate]
+
+
+def test_way_to_treat_errors_that_is_unknown_is_refused(queue: Queue) -> None:
+    with pytest.raises(ValueError, match="'raise', 'return' or 'skip'"):
+        queue.map(square, [1]).results(errors="ignore")  # type: ignore[arg-type]  # that is the test
+
+
+def test_futures_come_in_order_of_completion(queue: Queue, tmp_path: Path) -> None:
+    gate = str(tmp_path / "gate")
+    job = queue.map(lambda x: wait_for_file(gate) if x == 0 else x, range(6), chunksize=1)
+    seen = []
+    for future in job.as_completed():
+        seen.append(future.result())
+        if len(seen) == 5:
+            Path(gate).touch()
+    assert sorted(seen[:5]) == [1, 2, 3, 4, 5]
+    assert seen[5] == gate
+
+
+def test_news_that_was_trimmed_before_it_was_heard_is_made_up_for(queue: Queue) -> None:
+    job = queue.map(square, range(100), chunksize=1)
+    may_go = threading.Event()
+    job[0].add_done_callback(lambda _: may_go.wait(LIMIT))  # the client hears nothing meanwhile
+    other = queue.job(job.id)
+    when(lambda: other.progress.succeeded == 100)
+    with Redis.from_url(queue._settings().redis) as store:
+        store.xtrim(f"{{yadtq:{queue.name}}}:news", maxlen=1, approximate=False)
+    may_go.set()
+    assert job.results(LIMIT) == [x * x for x in range(100)]
+
+
+def test_results_after_the_queue_was_closed_raise_and_do_not_hang(shared_cluster: LocalCluster, tmp_path: Path) -> None:
+    gate = str(tmp_path / "gate")
+    with shared_cluster.queue() as queue:
+        done = queue.map(square, [2])
+        assert done.wait(LIMIT)
+        open_job = queue.map(wait_for_file, [gate], name="closed")
+    assert done.results(LIMIT) == [4]
+    with pytest.raises(JobError, match="closed"):
+        open_job.results(LIMIT)
+    Path(gate).touch()
+    with shared_cluster.queue() as queue:
+        assert queue.job("closed").results(LIMIT) == [gate]
+
+
+# Progress.
+
+
+def test_progress_counts_tasks_by_state(make_cluster: MakeCluster, tmp_path: Path) -> None:
+    queue = make_cluster(2).queue()
+    gate = str(tmp_path / "gate")
+    job = queue.map(lambda x: (wait_for_file(gate), odd_fails(x)), range(10), chunksize=1)
+    when(lambda: job.progress.running == 2)
+    progress = job.progress
+    assert (progress.total, progress.queued, progress.running) == (10, 8, 2)
+    assert (progress.succeeded, progress.failed, progress.cancelled) == (0, 0, 0)
+    assert (progress.rate, progress.eta) == (0, None)
+    assert job.state == JobState.RUNNING
+    Path(gate).touch()
+    assert job.wait(LIMIT)
+    progress = job.progress
+    assert (progress.queued, progress.running, progress.succeeded, progress.failed) == (0, 0, 5, 5)
+    assert progress.rate > 0
+    assert progress.eta == 0
+    assert progress.elapsed == job.progress.elapsed, "the clock of a finished job stands still"
+    assert "5 of 10 succeeded, 5 failed" in str(job)
+
+
+def test_progress_estimates_the_time_that_is_left(queue: Queue, tmp_path: Path) -> None:
+    gate = str(tmp_path / "gate")
+    job = queue.map(lambda x: x or wait_for_file(gate), range(4), chunksize=1)
+    when(lambda: job.progress.succeeded == 3)
+    progress = job.progress
+    assert progress.eta == pytest.approx(progress.elapsed / 3, rel=0.01)
+    Path(gate).touch()
+    assert job.wait(LIMIT)
+
+
+def test_workers_and_jobs_are_tables(make_cluster: MakeCluster) -> None:
+    queue = make_cluster(slots=2, workers=2).queue()
+    job = queue.map(odd_fails, range(4), name="a table")
+    assert job.wait(LIMIT)
+    workers = queue.workers()
+    assert list(workers["status"]) == ["live", "live"]
+    assert list(workers["slots"]) == [2, 2]
+    assert set(job.to_frame()["worker"]) <= set(workers.index)
+    row = queue.jobs().loc["a table"]
+    assert (row["id"], row["state"], row["total"], row["succeeded"], row["failed"]) == (job.id, "failed", 4, 2, 2)
+    assert row["expires"] > row["created"]
+
+
+# Coroutines.
+
+
+def test_awaiting_a_job_lets_others_run(queue: Queue, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+
+    async def opens() -> None:
+        await asyncio.sleep(0)
+        gate.touch()
+
+    async def main() -> Any:
+        job = queue.map(wait_for_file, [str(gate)])
+        return await asyncio.wait_for(asyncio.gather(job, opens()), LIMIT)
+
+    assert asyncio.run(main())[0] == [str(gate)]
+
+
+def test_awaiting_raises_what_results_raises(queue: Queue) -> None:
+    async def main() -> None:
+        await queue.map(odd_fails, range(5))
+
+    with pytest.raises(ValueError, match="1 is odd"):
+        asyncio.run(main())
+
+
+def test_futures_come_in_an_async_for(queue: Queue) -> None:
+    async def main() -> list[Any]:
+        job = queue.map(square, range(500))
+        return [future.result() async for future in job.as_completed()]
+
+    assert sorted(asyncio.run(main())) == [x * x for x in range(500)]
+
+
+def test_one_future_can_be_awaited(queue: Queue) -> None:
+    async def main() -> Any:
+        return await asyncio.wait_for(asyncio.wrap_future(queue.submit(square, 3)), LIMIT)
+
+    assert asyncio.run(main()) == 9
+
+
+def test_await_that_is_cancelled_disturbs_no_one(queue: Queue, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    job = queue.map(wait_for_file, [str(gate)])
+
+    async def main() -> Any:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(job, 0.05)
+        gate.touch()
+        return await job
+
+    assert asyncio.run(main()) == [str(gate)]
+    assert queue.map(square, [3]).results(LIMIT) == [9]
+
+
+# As a table.
+
+
+def test_frame_has_a_row_for_each_task(queue: Queue) -> None:
+    frame = queue.map(odd_fails, [0, 1, 2]).to_frame()
+    assert list(frame.columns) == ["input", "value", "state", "error", "worker", "started", "seconds", "attempt"]
+    assert list(frame["input"]) == [0, 1, 2]
+    assert frame["value"].tolist() == [0, pd.NA, 2]
+    assert list(frame["state"]) == ["succeeded", "failed", "succeeded"]
+    assert frame["error"][1] == "ValueError: 1 is odd"
+    assert frame["error"].isna().tolist() == [True, False, True]
+    assert list(frame["attempt"]) == [1, 1, 1]
+    assert (frame["seconds"] >= 0).all()
+    assert abs((frame["started"] - pd.Timestamp.now("UTC")).dt.total_seconds()).max() < LIMIT
+
+
+@pytest.mark.parametrize(
+    ("make", "columns"),
+    [
+        (lambda x: {"mean": x / 2, "runs": x}, ["mean", "runs"]),
+        (lambda x: Score(x / 2, x), ["mean", "runs"]),
+        (lambda x: Point(x / 2, x), ["x", "y"]),
+        (lambda x: (x / 2, x), ["value"]),
+    ],
+    ids=["dict", "dataclass", "named tuple", "plain tuple"],
+)
+def test_records_become_columns(queue: Queue, make: Callable[[int], Any], columns: list[str]) -> None:
+    frame = queue.map(make, [2, 4]).to_frame()
+    assert list(frame.columns)[1 : 1 + len(columns)] == columns
+    if len(columns) == 2:
+        assert frame[columns].to_numpy().tolist() == [[1.0, 2], [2.0, 4]]
+
+
+def test_inputs_of_several_iterables_are_named_by_parameters(queue: Queue) -> None:
+    frame = queue.map(lambda depth, rate: depth * rate, [1, 2], [0.1, 0.2]).to_frame()
+    assert list(frame.columns)[:3] == ["depth", "rate", "value"]
+    assert frame["depth"].tolist() == [1, 2]
+    frame = queue.starmap(lambda depth, rate=1.0: depth * rate, [(1,), (2, 0.5)]).to_frame()
+    assert frame["depth"].tolist() == [1, 2]
+    frame = queue.submit(lambda depth, *, rate: depth * rate, 3, rate=2).job.to_frame()
+    assert frame[["depth", "rate", "value"]].to_numpy().tolist() == [[3, 2, 6]]
+
+
+def test_frame_of_a_job_of_a_generator_is_whole(queue: Queue) -> None:
+    frame = queue.map(square, (x for x in range(3000))).to_frame()
+    assert frame["value"].tolist() == [x * x for x in range(3000)]
+    assert frame["input"].tolist() == list(range(3000))
+
+
+# In another program.
+
+
+def test_job_is_found_by_name_and_by_id_while_it_runs_and_when_it_is_done(
+    queue: Queue, run_script: RunScript, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    job = queue.map(lambda x: (wait_for_file(str(gate)), x * x)[1], range(4), name="found")
+    output = run_script(
+        """
+        from pathlib import Path
+        job = queue.job("found")
+        print(job.id, job.state, len(job))
+        Path(sys.argv[1]).touch()
+        print(queue.job(sys.argv[2]).results(30), list(job.to_frame()["value"]))
+        """,
+        str(gate),
+        job.id,
+    )
+    assert output == [f"{job.id} running 4", "[0, 1, 4, 9] [0, 1, 4, 9]"]
+    assert job.results(LIMIT) == [0, 1, 4, 9]
+
+
+def test_job_outlives_the_program_that_sent_it(queue: Queue, run_script: RunScript) -> None:
+    run_script("queue.map(lambda x: x + 1, range(1000), name='outlives')")
+    assert queue.job("outlives").results(LIMIT) == list(range(1, 1001))
+
+
+def test_program_that_drops_everything_and_ends_loses_nothing(queue: Queue, run_script: RunScript) -> None:
+    run_script(
+        """
+        def send():
+            Queue(queue.name).map(lambda x: len(x), [bytes(20_000)] * 1000, name='dropped')
+            Queue(queue.name).options(name='dropped too').submit(len, 'abc')
+        send()
+        """
+    )
+    assert queue.job("dropped").results(LIMIT) == [20_000] * 1000
+    assert queue.job("dropped too").results(LIMIT) == [3]
+
+
+def test_generator_cut_off_by_the_end_of_its_program_leaves_an_incomplete_job(
+    queue: Queue, run_script: RunScript
+) -> None:
+    output = run_script(
+        """
+        import itertools
+        job = queue.map(lambda x: x, itertools.count(), name="cut", chunksize=1)
+        print(sum(future.result(30) >= 0 for future in itertools.islice(job, 50)))
+        """
+    )
+    assert output == ["50"]
+    job = queue.job("cut")
+    with pytest.raises(JobIncompleteError, match=r"incomplete.* more than \d+ tasks"):
+        job.results(LIMIT)
+    assert job.state == JobState.INCOMPLETE
+    found = job.results(LIMIT, errors="skip")
+    assert found == list(range(len(found)))
+    assert len(found) >= 50
+    assert len(job.to_frame()) == len(found)
+    assert len(job.results(LIMIT, errors="skip")) == len(found)
+
+
+def test_interrupted_results_leave_the_job_running(queue: Queue, start_script: StartScript, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    program = start_script(
+        """
+        import time
+        from pathlib import Path
+        def wait_for_file(path):
+            while not Path(path).exists():
+                time.sleep(0.01)
+            return path
+        job = queue.map(wait_for_file, [sys.argv[1]], name="interrupted")
+        try:
+            print("waits", flush=True)
+            job.results(30)
+        except KeyboardInterrupt:
+            print(job.state, queue.submit(abs, -1).result(30), flush=True)
+        """,
+        str(gate),
+    )
+    assert program.stdout.readline() == "waits\n"  # type: ignore[union-attr]
+    program.send_signal(signal.SIGINT)
+    output, errors = program.communicate(timeout=LIMIT)
+    assert output.split() == ["running", "1"], errors
+    gate.touch()
+    assert queue.job("interrupted").results(LIMIT) == [str(gate)]
+
+
+def test_job_that_is_not_there_is_not_found(queue: Queue) -> None:
+    with pytest.raises(JobNotFoundError, match=r"no job 'nothing'.*queue\.jobs\(\)") as caught:
+        queue.job("nothing")
+    assert isinstance(caught.value, LookupError)
