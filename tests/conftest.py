@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,6 @@ def queue_name(request: pytest.FixtureRequest) -> str:
     return f"{readable}-{next(_numbers)}"
 
 
-MakeCluster = Callable[..., LocalCluster]
 StartScript = Callable[..., "subprocess.Popen[str]"]
 RunScript = Callable[..., list[str]]
 
