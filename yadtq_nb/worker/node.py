@@ -33,7 +33,7 @@ from yadtq_nb.backlog.connection import Topic, ensure_topics
 from yadtq_nb.backlog.publish import Publisher
 from yadtq_nb.backlog.reader import Record, replay_jobs
 from yadtq_nb.config import Config
-from yadtq_nb.errors import BacklogError, CodecError, TaskError, WorkbenchError
+from yadtq_nb.errors import CodecError, TaskError, WorkbenchError
 from yadtq_nb.model import Lease, WorkerInfo
 from yadtq_nb.workbench.bench import Heard, NotLiveError, Workbench
 from yadtq_nb.worker import crash
@@ -422,5 +422,3 @@ def serve(
         signal.signal(number, lambda *_: node.stop())
     node.run(lambda: ready(node))
 
-
-__all__ = ["BacklogError", "Node", "serve"]
