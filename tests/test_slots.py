@@ -21,8 +21,8 @@ import pytest
 
 from yadtq_nb import codec, errors
 from yadtq_nb.model import BrokenItem, ChunkHead, Environment, ErrorInfo, Lease, Segment
+from yadtq_nb.slots.pool import Died, Outcomes, SlotEvent, SlotPool
 from yadtq_nb.source import Tree, collect
-from yadtq_nb.worker.pool import Died, Outcomes, SlotEvent, SlotPool
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="slots need Unix sockets")
 
@@ -627,7 +627,7 @@ def test_chunks_survive_a_storm_of_kills(run: Run) -> None:
 def test_slots_that_are_spawned_run_chunks_die_and_are_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("yadtq_nb.worker.processes.LINUX", False)
+    monkeypatch.setattr("yadtq_nb.slots.processes.LINUX", False)
     pool = SlotPool(slots=2, secret=SECRET, node="n", directory=tmp_path / "node")
     pool.start()
     run = Run(pool, tmp_path)
@@ -649,7 +649,7 @@ def test_slots_that_are_spawned_run_chunks_die_and_are_replaced(
 @pytest.mark.parametrize("fork", [True, False])
 def test_busy_slots_end_when_their_node_is_killed(tmp_path: Path, fork: bool) -> None:
     code = OWNER.format(package=str(PACKAGE), tests=str(PACKAGE / "tests"), directory=str(tmp_path))
-    code = f"import sys; sys.path[:0] = [{str(PACKAGE)!r}]\nfrom yadtq_nb.worker import processes\n" + (
+    code = f"import sys; sys.path[:0] = [{str(PACKAGE)!r}]\nfrom yadtq_nb.slots import processes\n" + (
         code if fork else "processes.LINUX = False\n" + code
     )
     with subprocess.Popen([sys.executable, "-c", code]) as owner:

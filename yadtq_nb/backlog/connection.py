@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -12,6 +13,8 @@ from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-def
 
 from yadtq_nb.config import Config
 from yadtq_nb.errors import BacklogError
+
+_library_log = logging.getLogger("yadtq_nb.kafka")
 
 #: Seconds that Kafka may take to answer before it counts as away.
 TIMEOUT: Final = 10.0
@@ -40,7 +43,8 @@ def translate_kafka_errors(config: Config) -> Iterator[None]:
 
 def settings(config: Config, **more: Any) -> dict[str, Any]:
     """Return librdkafka's settings: ours, then the user's."""
-    quiet = {"log_level": 2, "log.connection.close": False}
+    # Through logging: librdkafka's own way, standard error, would write into whatever cell runs.
+    quiet = {"logger": _library_log, "log_level": 4, "log.connection.close": False}
     return {"bootstrap.servers": config.kafka, **quiet, **more, **config.kafka_options}
 
 
@@ -59,48 +63,55 @@ def events_topic(queue: str) -> str:
     return f"yadtq.{queue}.events"
 
 
-def ensure_topics(config: Config, queue: str) -> Topic:
-    """Make the queue's topics where they are missing, and return the tasks topic as it is.
+class Topics:
+    """The topics of one queue, looked at and made where they are missing."""
 
-    Raises:
-        BacklogError: Kafka cannot be reached or refuses.
-    """
-    with translate_kafka_errors(config):
-        # The futures of these calls fail once the client is collected: it is kept until the end.
-        admin = AdminClient(settings(config))
-        found = _describe(admin, tasks_topic(queue))
+    def __init__(self, config: Config, queue: str) -> None:
+        self._config = config
+        self._queue = queue
+        with translate_kafka_errors(config):
+            # The futures of its calls fail once the client is collected: it is kept.
+            self._admin = AdminClient(settings(config))
+
+    def ensure(self) -> Topic:
+        """Make what is missing, and return the tasks topic as it is.
+
+        Raises:
+            BacklogError: Kafka cannot be reached or refuses.
+        """
+        with translate_kafka_errors(self._config):
+            found = self._describe()
+            if found is None:
+                self._create()
+                found = self._describe()
         if found is None:
-            _create(admin, config, queue)
-            found = _describe(admin, tasks_topic(queue))
-        if found is None:
-            raise BacklogError(f"topic {tasks_topic(queue)} was made on {config.kafka}, but is not shown there")
+            raise BacklogError(f"topic {tasks_topic(self._queue)} was made on {self._config.kafka}, but is not there")
         return found
 
-
-def _describe(admin: AdminClient, name: str) -> Topic | None:
-    (future,) = admin.describe_topics(TopicCollection([name]), request_timeout=TIMEOUT).values()
-    try:
-        found = future.result(TIMEOUT)
-    except KafkaException as exc:
-        if exc.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
-            return None
-        raise
-    return Topic(name, str(found.topic_id), len(found.partitions)) if found.partitions else None
-
-
-def _create(admin: AdminClient, config: Config, queue: str) -> None:
-    replication = config.replication or -1
-    kept: dict[str, str] = {"retention.ms": "-1", "retention.bytes": "-1"}
-    # What waits must never vanish by age; only what happened may.
-    topics = [
-        NewTopic(tasks_topic(queue), config.partitions, replication, config=kept),
-        NewTopic(jobs_topic(queue), 1, replication, config={"cleanup.policy": "compact"}),
-        NewTopic(events_topic(queue), 1, replication),
-    ]
-    for future in admin.create_topics(topics, request_timeout=TIMEOUT).values():
+    def _describe(self) -> Topic | None:
+        names = TopicCollection([tasks_topic(self._queue)])
+        (future,) = self._admin.describe_topics(names, request_timeout=TIMEOUT).values()
         try:
-            future.result(TIMEOUT)
+            found = future.result(TIMEOUT + 1)
         except KafkaException as exc:
-            # Another node or client was first.
-            if exc.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
-                raise
+            if exc.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+                return None
+            raise
+        return Topic(found.name, str(found.topic_id), len(found.partitions)) if found.partitions else None
+
+    def _create(self) -> None:
+        replication = self._config.replication or -1
+        # What waits must never vanish by age; only what happened may.
+        kept = {"retention.ms": "-1", "retention.bytes": "-1"}
+        topics = [
+            NewTopic(tasks_topic(self._queue), self._config.partitions, replication, config=kept),
+            NewTopic(jobs_topic(self._queue), 1, replication, config={"cleanup.policy": "compact"}),
+            NewTopic(events_topic(self._queue), 1, replication),
+        ]
+        for future in self._admin.create_topics(topics, request_timeout=TIMEOUT).values():
+            try:
+                future.result(TIMEOUT + 1)
+            except KafkaException as exc:
+                # Another node or client was first.
+                if exc.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+                    raise

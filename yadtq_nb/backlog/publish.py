@@ -1,63 +1,83 @@
-"""Producing: chunks round robin over the partitions, jobs to the compacted topic, events to the flight recorder."""
+"""Producing: chunks round robin over the partitions, jobs to the compacted topic, events to the flight recorder.
+
+A record that was handed over is held here until the broker has acknowledged it. When the producer cannot go on (the
+topic was made again, an in-memory broker was restarted), a new one sends what is not acknowledged once more: a chunk is
+known by its id, so that one that arrives twice runs once.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
-from confluent_kafka import KafkaError, Message, Producer
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from yadtq_nb.backlog.connection import (
     TIMEOUT,
     Topic,
+    Topics,
     events_topic,
     jobs_topic,
     settings,
+    tasks_topic,
     translate_kafka_errors,
 )
 from yadtq_nb.config import Config
 from yadtq_nb.errors import BacklogError
+
+log = logging.getLogger(__name__)
 
 #: Called in the publisher's thread when the broker has a record, with its place, or with the error.
 Acknowledged = Callable[[BacklogError | None, int, int], None]
 
 #: Largest record that is sent; larger arguments and functions go by reference. Kafka's own default limit is 1 MiB.
 MAX_RECORD: Final = 900_000
+#: Seconds after which a record that the broker does not take is given up.
+GIVE_UP: Final = 120.0
+#: Seconds between tries to make a new producer while the broker is away.
+_PAUSE: Final = 0.2
 
 _encode = msgspec.json.Encoder().encode
 
 
-class Publisher:
-    """An idempotent producer of one queue, with a thread that hears the acknowledgements."""
+class _Letter:
+    """A record that was handed over, until it is acknowledged or given up."""
 
-    def __init__(self, config: Config, queue: str, topic: Topic) -> None:
+    __slots__ = ("acknowledged", "deadline", "key", "to_jobs", "value")
+
+    def __init__(self, value: bytes, key: bytes | None, acknowledged: Acknowledged | None) -> None:
+        self.value = value
+        self.key = key
+        self.to_jobs = key is not None
+        self.acknowledged = acknowledged
+        self.deadline = time.monotonic() + GIVE_UP
+
+
+class Publisher:
+    """A producer of one queue, with a thread that hears the acknowledgements."""
+
+    def __init__(self, config: Config, queue: str) -> None:
+        """Connect, and make the queue's topics if they are missing.
+
+        Raises:
+            BacklogError: Kafka cannot be reached or refuses.
+        """
         self._config = config
         self._queue = queue
-        self._topic = topic
-        with translate_kafka_errors(config):
-            self._producer = Producer(
-                settings(
-                    config,
-                    **{
-                        "enable.idempotence": True,
-                        "acks": "all",
-                        "linger.ms": 0,
-                        "compression.type": "none",
-                        "message.max.bytes": 2 * MAX_RECORD,
-                        "queue.buffering.max.messages": 100_000,
-                        "queue.buffering.max.kbytes": 256 * 1024,
-                        "delivery.timeout.ms": 120_000,
-                    },
-                )
-            )
-            # The producer's id is asked for at once: on demand it takes librdkafka half a second.
-            self._producer.list_topics(topic.name, timeout=TIMEOUT)
-        self._partitions = itertools.cycle(range(topic.partitions))
+        self._lock = threading.Lock()
+        self._empty = threading.Condition(self._lock)
+        #: What the broker has not acknowledged yet, in the order of sending.
+        self._letters: dict[int, _Letter] = {}
+        self._broken = threading.Event()
         self._closing = threading.Event()
+        self._topics = Topics(config, queue)
+        self._start(self._topics.ensure())
         self._thread = threading.Thread(target=self._hear, name=f"yadtq-publisher-{queue}", daemon=True)
         self._thread.start()
 
@@ -72,53 +92,149 @@ class Publisher:
         Raises:
             BacklogError: the record is refused before it is sent.
         """
-        # librdkafka's own partitioner would stick to one partition for a while.
-        self._produce(self._topic.name, record, next(self._partitions), None, acknowledged)
+        self._post(_Letter(record, None, acknowledged))
 
     def send_job(self, key: str, value: bytes, acknowledged: Acknowledged | None = None) -> None:
         """Produce to the compacted topic of jobs: the last value of a key is kept."""
-        self._produce(jobs_topic(self._queue), value, 0, key.encode(), acknowledged)
+        self._post(_Letter(value, key.encode(), acknowledged))
 
     def send_event(self, event: str, **facts: Any) -> None:
-        """Write a line to the flight recorder. Never waits: events are worth less than work."""
+        """Write a line to the flight recorder. Never waits, and is not sent again: events are worth less than work."""
         line = _encode({"event": event, "time": time.time(), **facts})
-        try:
-            self._producer.produce(events_topic(self._queue), line, partition=0)
-        except BufferError:
-            return
-
-    def _produce(
-        self, topic: str, value: bytes, partition: int, key: bytes | None, acknowledged: Acknowledged | None
-    ) -> None:
-        def on_delivery(error: KafkaError | None, message: Message) -> None:
-            if acknowledged is not None:
-                failed = self._failed(error) if error is not None else None
-                acknowledged(failed, message.partition() or 0, message.offset() or 0)
-
-        while True:
-            try:
-                with translate_kafka_errors(self._config):
-                    self._producer.produce(topic, value, key=key, partition=partition, on_delivery=on_delivery)
-                return
-            except BufferError:
-                # Full: the hearing thread makes room as the broker acknowledges.
-                if self._closing.wait(0.005):
-                    raise BacklogError("the queue is being closed, but Kafka has not taken all records yet") from None
-
-    def _failed(self, error: KafkaError) -> BacklogError:
-        return BacklogError(f"Kafka at {self._config.kafka} did not take a record: {error.str()}")
-
-    def _hear(self) -> None:
-        while not self._closing.is_set():
-            self._producer.poll(0.2)
+        with contextlib.suppress(BufferError, KafkaException):
+            self._producer.produce(events_topic(self._queue), line, partition=0, on_delivery=self._heard_of_event)
 
     def flush(self, timeout: float) -> bool:
         """Wait until the broker has everything. False when it has not within timeout seconds."""
-        return int(self._producer.flush(timeout)) == 0
+        with self._empty:
+            return self._empty.wait_for(lambda: not self._letters, timeout)
 
     def close(self, timeout: float = TIMEOUT) -> bool:
         """Flush and stop. False when some records were not taken."""
         taken = self.flush(timeout)
         self._closing.set()
         self._thread.join()
+        self._producer.flush(0.5)
         return taken
+
+    # One record.
+
+    def _post(self, letter: _Letter) -> None:
+        with self._lock:
+            self._letters[id(letter)] = letter
+        while not self._closing.is_set():
+            try:
+                self._produce(letter)
+                return
+            except BufferError:
+                # Full: the hearing thread makes room as the broker acknowledges.
+                self._closing.wait(0.005)
+            except BacklogError:
+                if self._broken.is_set():
+                    return  # the next producer sends it
+                self._settle(letter, None)
+                raise
+        self._settle(letter, BacklogError("the queue is being closed, but Kafka is behind"))
+
+    def _produce(self, letter: _Letter) -> None:
+        producer = self._producer
+
+        def on_delivery(error: KafkaError | None, message: Message) -> None:
+            if error is None:
+                self._settle(letter, None, message.partition() or 0, message.offset() or 0)
+            elif producer is not self._producer:
+                return  # the word of a producer that was given up; its successor has sent the record again
+            elif error.code() == KafkaError.MSG_SIZE_TOO_LARGE or time.monotonic() > letter.deadline:
+                self._settle(letter, BacklogError(f"Kafka at {self._config.kafka} did not take it: {error.str()}"))
+            else:
+                self._broken.set()
+
+        # librdkafka's own partitioner would stick to one partition for a while.
+        topic, partition = (
+            (jobs_topic(self._queue), 0) if letter.to_jobs else (tasks_topic(self._queue), next(self._partitions))
+        )
+        try:
+            with translate_kafka_errors(self._config):
+                producer.produce(topic, letter.value, key=letter.key, partition=partition, on_delivery=on_delivery)
+        except BacklogError as exc:
+            if isinstance(exc.__cause__, KafkaException) and exc.__cause__.args[0].fatal():
+                self._broken.set()
+            raise
+
+    def _settle(self, letter: _Letter, error: BacklogError | None, partition: int = 0, offset: int = 0) -> None:
+        with self._empty:
+            if self._letters.pop(id(letter), None) is None:
+                return
+            if not self._letters:
+                self._empty.notify_all()
+        if letter.acknowledged is not None:
+            letter.acknowledged(error, partition, offset)
+
+    def _heard_of_event(self, error: KafkaError | None, _: Message) -> None:
+        if error is not None:
+            self._broken.set()
+
+    # The producer, and its successor.
+
+    def _start(self, topic: Topic) -> None:
+        self._topic = topic
+        self._partitions = itertools.cycle(range(topic.partitions))
+        with translate_kafka_errors(self._config):
+            self._producer = Producer(
+                settings(
+                    self._config,
+                    **{
+                        # A broker in memory hands out producer ids from 1 again when it is restarted, and takes the
+                        # first records of an old producer for those of a new one: acknowledged, and not kept.
+                        "enable.idempotence": self._config.reading != "wake",
+                        "acks": "all",
+                        "linger.ms": 0,
+                        "message.max.bytes": 2 * MAX_RECORD,
+                        "queue.buffering.max.messages": 100_000,
+                        "queue.buffering.max.kbytes": 256 * 1024,
+                        "message.timeout.ms": int(GIVE_UP * 1000),
+                        # A topic that is gone is told soon, and made again here.
+                        "topic.metadata.propagation.max.ms": 1_000,
+                    },
+                )
+            )
+            # The producer's id comes with the first connection: on demand it takes librdkafka half a second.
+            self._producer.list_topics(topic.name, timeout=TIMEOUT)
+
+    def _hear(self) -> None:
+        while not self._closing.is_set():
+            try:
+                self._producer.poll(0.2)
+            except KafkaException:
+                self._broken.set()
+            if self._broken.is_set():
+                self._renew()
+
+    def _renew(self) -> None:
+        """Put a new producer in the place of one that cannot go on, and send again what was not acknowledged."""
+        self._give_up_late()
+        try:
+            self._start(self._topics.ensure())
+        except BacklogError as exc:
+            log.warning("Kafka is away: %s", exc)
+            self._closing.wait(_PAUSE)
+            return
+        self._broken.clear()
+        with self._lock:
+            letters = list(self._letters.values())
+        for letter in letters:
+            while not self._broken.is_set():
+                try:
+                    self._produce(letter)
+                    break
+                except BufferError:
+                    self._producer.poll(0.05)
+                except BacklogError:
+                    self._broken.set()
+
+    def _give_up_late(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            late = [letter for letter in self._letters.values() if letter.deadline < now]
+        for letter in late:
+            self._settle(letter, BacklogError(f"Kafka at {self._config.kafka} was away for {GIVE_UP:.0f} s"))

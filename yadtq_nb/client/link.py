@@ -12,7 +12,6 @@ from concurrent.futures import Future
 from typing import Any
 
 from yadtq_nb import codec
-from yadtq_nb.backlog.connection import ensure_topics
 from yadtq_nb.backlog.publish import Publisher
 from yadtq_nb.client.board import Board
 from yadtq_nb.client.inbox import Inbox
@@ -37,7 +36,7 @@ class Link:
         self.key = config.key
         self.store = JobStore(config, queue)
         self.inbox = Inbox(config, queue)
-        self._publisher = Publisher(config, queue, ensure_topics(config, queue))
+        self._publisher = Publisher(config, queue)
         self.mailer = Mailer(config, self.store, self._publisher)
         self._senders: list[Sender] = []
         self._pid = os.getpid()

@@ -225,6 +225,11 @@ class Workbench:
         """
         return Cursor.parse(self._redis.call("init", partition, str(seen or ""), str(cursor)))
 
+    def cursor(self, partition: int) -> Cursor | None:
+        """Return where the queue is in a partition, or None while that is not set."""
+        with self._redis.use() as client:
+            return Cursor.parse(client.hget(self._redis.key("cursor"), partition) or b"")
+
     def run_id(self) -> str:
         """Name of the server's present life."""
         return self._redis.run_id()

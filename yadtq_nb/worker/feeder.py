@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Final
 
 from yadtq_nb import codec
-from yadtq_nb.backlog.connection import Topic
+from yadtq_nb.backlog.connection import Topic, Topics
 from yadtq_nb.backlog.reader import OffsetLostError, Reader, Record
 from yadtq_nb.config import Config
 from yadtq_nb.errors import BacklogError, CodecError, WorkbenchError
@@ -30,6 +30,9 @@ _MOST: Final = 400
 _LINGER: Final = 1.0
 #: Seconds between looks at a broker that must be asked, in case a wake-up was lost.
 _SLOW_POLL: Final = 5.0
+#: Seconds between looks at the topic, on a broker that forgets it when it restarts, and on others.
+_LOOK_WAKE: Final = 1.0
+_LOOK_POLL: Final = 10.0
 #: Seconds to wait before the next try when a server is away, or the workbench is full.
 _PAUSE: Final = 0.1
 
@@ -63,7 +66,10 @@ class Feeder:
         self._config = config
         self._topic = topic
         self._bench = workbench
+        self._queue = queue
         self._reader = Reader(config, queue, topic)
+        self._topics = Topics(config, queue)
+        self._topic_seen_at = time.monotonic()
         self._restore = restore
         self._reserve = reserve
         self._unreserve = unreserve
@@ -124,10 +130,12 @@ class Feeder:
                 self._pause()
             except OffsetLostError as exc:
                 log.warning("partition %d cannot be read where the cursor is", exc.partition)
+                self._topic_seen_at = 0.0
                 self._assigned = False
                 self._pause()
 
     def _round(self) -> None:
+        self._look_at_topic()
         self._take_shares()
         if not self._held:
             if self._is_idle():
@@ -140,6 +148,21 @@ class Feeder:
     def _pause(self) -> None:
         self._rung.wait(_PAUSE)
         self._rung.clear()
+
+    def _look_at_topic(self) -> None:
+        """Notice that the topic was made again, or is gone: its records must not be taken for those of the old one."""
+        now = time.monotonic()
+        if now - self._topic_seen_at < (_LOOK_WAKE if self._config.reading == "wake" else _LOOK_POLL):
+            return
+        topic = self._topics.ensure()
+        self._topic_seen_at = now
+        if topic.id != self._topic.id:
+            log.warning("topic %s has been made again", topic.name)
+            self._topic = topic
+            self._reader.close()
+            self._reader = Reader(self._config, self._queue, topic)
+            self._held, self._assigned = [], False
+            self._positions = {p: self._find(p, self._bench.cursor(p)) for p in self._positions}
 
     # Which partitions, and from where.
 

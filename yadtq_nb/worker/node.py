@@ -29,18 +29,18 @@ from typing import Final
 
 import psutil
 
-from yadtq_nb.backlog.connection import Topic, ensure_topics
+from yadtq_nb.backlog.connection import Topic
 from yadtq_nb.backlog.publish import Publisher
 from yadtq_nb.backlog.reader import Record, replay_jobs
 from yadtq_nb.config import Config
 from yadtq_nb.errors import CodecError, TaskError, WorkbenchError
 from yadtq_nb.model import Lease, WorkerInfo
+from yadtq_nb.slots.pool import Died, Outcomes, SlotPool
 from yadtq_nb.workbench.bench import Heard, NotLiveError, Workbench
 from yadtq_nb.worker import crash
 from yadtq_nb.worker.blobs import BlobFiles
 from yadtq_nb.worker.feeder import Feeder
 from yadtq_nb.worker.heart import Heart
-from yadtq_nb.worker.pool import Died, Outcomes, SlotPool
 from yadtq_nb.worker.restore import restore_jobs
 
 log = logging.getLogger(__name__)
@@ -121,8 +121,8 @@ class Node:
     def _connect(self) -> None:
         config, queue = self._config, self.queue
         self._bench = Workbench(config, queue, self.id)
-        topic = ensure_topics(config, queue)
-        self._publisher = Publisher(config, queue, topic)
+        self._publisher = Publisher(config, queue)
+        topic = self._publisher.topic
         self._heart = Heart(
             config,
             Workbench(config, queue, self.id),

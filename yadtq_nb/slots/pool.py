@@ -27,10 +27,10 @@ from typing import Final, TypeAlias
 import msgspec
 
 from yadtq_nb.model import Environment, Lease
-from yadtq_nb.worker import processes, wire
-from yadtq_nb.worker.child import Child, bound, size, tail
-from yadtq_nb.worker.launch import Launcher, launcher
-from yadtq_nb.worker.wire import NO_OFFSET, Note, Order, Report, Setup
+from yadtq_nb.slots import processes, wire
+from yadtq_nb.slots.child import Child, bound, size, tail
+from yadtq_nb.slots.launch import Launcher, launcher
+from yadtq_nb.slots.wire import NO_OFFSET, Note, Order, Report, Setup
 
 #: How often logs are looked at, in seconds.
 _LOG_EVERY: Final = 1.0

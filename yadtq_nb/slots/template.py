@@ -28,8 +28,8 @@ from typing import Final, NoReturn
 
 import msgspec
 
-from yadtq_nb.worker import processes, slot
-from yadtq_nb.worker.wire import NOTE_SIZE, Note, encode
+from yadtq_nb.slots import processes, slot
+from yadtq_nb.slots.wire import NOTE_SIZE, Note, encode
 
 #: Libraries that most tasks want, cheapest first.
 PRELOAD: Final = ("numpy", "pandas")

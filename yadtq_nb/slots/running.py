@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from yadtq_nb import errors
 from yadtq_nb.model import BrokenItem, CallStyle
-from yadtq_nb.worker.outcomes import Outcomes, ours
+from yadtq_nb.slots.outcomes import Outcomes, ours
 
 if TYPE_CHECKING:
     import asyncio

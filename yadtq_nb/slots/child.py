@@ -12,9 +12,9 @@ from typing import Final
 
 from yadtq_nb import source
 from yadtq_nb.model import Environment, Lease
-from yadtq_nb.worker import wire
-from yadtq_nb.worker.launch import shared_memory
-from yadtq_nb.worker.wire import NO_OFFSET
+from yadtq_nb.slots import wire
+from yadtq_nb.slots.launch import shared_memory
+from yadtq_nb.slots.wire import NO_OFFSET
 
 #: A log longer than this is cut, in bytes, and how much of it is kept.
 _LOG_LIMIT: Final = 8 * 1024 * 1024

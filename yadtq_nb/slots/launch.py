@@ -18,8 +18,8 @@ from typing import Final, Protocol
 
 import msgspec
 
-from yadtq_nb.worker import processes
-from yadtq_nb.worker.wire import NOTE_SIZE, PROGRESS_SIZE, Note, encode
+from yadtq_nb.slots import processes
+from yadtq_nb.slots.wire import NOTE_SIZE, PROGRESS_SIZE, Note, encode
 
 #: Libraries that start threads look at these; as many slots as cores with as many threads each would crowd the machine.
 _THREADS: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -76,7 +76,7 @@ class Template:
         name, _, value = self._mark.partition("=")
         with theirs, (directory / "template.log").open("ab") as log:
             self._process = subprocess.Popen(
-                _command("yadtq_nb.worker.template", str(theirs.fileno()), str(os.getpid())),
+                _command("yadtq_nb.slots.template", str(theirs.fileno()), str(os.getpid())),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -155,7 +155,7 @@ class Spawner:
         held, leash = os.pipe()
         fds = [sock.fileno(), progress_fd, held]
         process = subprocess.Popen(
-            _command("yadtq_nb.worker.slot", *map(str, fds), log),
+            _command("yadtq_nb.slots.slot", *map(str, fds), log),
             stdin=subprocess.DEVNULL,
             env=self._environ,
             pass_fds=fds,

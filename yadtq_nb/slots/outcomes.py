@@ -13,8 +13,8 @@ from typing import Any, Final, TypeAlias
 
 from yadtq_nb import codec, errors
 from yadtq_nb.model import Environment, ErrorInfo, Segment
-from yadtq_nb.worker import hints
-from yadtq_nb.worker.wire import Order, Report
+from yadtq_nb.slots import hints
+from yadtq_nb.slots.wire import Order, Report
 
 Send: TypeAlias = Callable[[Report, bytes], None]
 

@@ -24,9 +24,9 @@ import msgspec
 
 from yadtq_nb import codec, errors, source
 from yadtq_nb.model import ChunkHead, Environment
-from yadtq_nb.worker import hints, processes, running, wire
-from yadtq_nb.worker.outcomes import Outcomes
-from yadtq_nb.worker.wire import Order, Report, Setup
+from yadtq_nb.slots import hints, processes, running, wire
+from yadtq_nb.slots.outcomes import Outcomes
+from yadtq_nb.slots.wire import Order, Report, Setup
 
 if TYPE_CHECKING:
     import asyncio
