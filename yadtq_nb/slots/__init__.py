@@ -1,1 +1,1 @@
-"""The slots: child processes that run tasks. They know neither Kafka nor Redis; what a node never unpickles, they do."""
+"""The slots: child processes that run tasks. They know neither Kafka nor Redis; they alone on a worker unpickle."""

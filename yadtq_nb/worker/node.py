@@ -421,4 +421,3 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: node.stop())
     node.run(lambda: ready(node))
-
