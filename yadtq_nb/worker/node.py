@@ -34,7 +34,7 @@ from yadtq_nb.backlog.connection import Topic
 from yadtq_nb.backlog.publish import Publisher
 from yadtq_nb.backlog.reader import Record, replay_jobs
 from yadtq_nb.config import Config
-from yadtq_nb.errors import BacklogError, CodecError, TaskError, WorkbenchError
+from yadtq_nb.errors import CodecError, TaskError, WorkbenchError
 from yadtq_nb.model import Lease, WorkerInfo
 from yadtq_nb.slots.pool import Died, Outcomes, SlotPool
 from yadtq_nb.workbench.bench import Heard, NotLiveError, Workbench
@@ -428,6 +428,3 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: node.stop())
     node.run(lambda: ready(node))
-
-
-__all__ = ["BacklogError", "Node", "serve"]
