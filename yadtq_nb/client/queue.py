@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import operator
 import os
 import socket
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 
     from yadtq_nb.client.link import Link
 
-#: Seconds that interpreter exit waits for what is being sent.
-_EXIT: Final = 60.0
 #: Seconds for which the number of slots is taken as known.
 _SLOTS_KNOWN: Final = 2.0
 
@@ -206,7 +203,6 @@ class Queue:
         with self._lock:
             opened, self._opened = self._opened, None
         if opened is not None and opened[0] == os.getpid():
-            _open_links.discard(opened[2])
             opened[2].close()
 
     def __enter__(self) -> Queue:
@@ -240,7 +236,6 @@ class Queue:
                 return self._opened[2]
             link = Link(config, self.name)
             self._opened = (os.getpid(), config, link)
-        _open_links.add(link)
         return link
 
     def _slots(self) -> int:
@@ -277,8 +272,6 @@ class Options:
 
 
 _NAME_CHARACTERS: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
-#: Links that are not closed, held until exit: whoever drops a Queue may still be sending through it.
-_open_links: set[Link] = set()
 
 
 def _check_call(fn: Callable[..., Any], name: str | None) -> None:
@@ -330,11 +323,3 @@ def _environment(fn: Callable[..., Any], link: Link, items: list[Any] | Iterator
 
 def _rebuild(name: str, config: Config) -> Queue:
     return Queue(name, config=config)
-
-
-@atexit.register
-def _wait_for_senders() -> None:
-    """Let what is being sent get out: a script that ends right after map() must not lose its job."""
-    deadline = time.monotonic() + _EXIT
-    for link in list(_open_links):
-        link.finish_sending(max(0.0, deadline - time.monotonic()))
