@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from yadtq_nb import codec
 from yadtq_nb import config as configuration
+from yadtq_nb.client import planner
 from yadtq_nb.client.job import Job
 from yadtq_nb.config import Config
 from yadtq_nb.errors import ConfigError, JobNotFoundError
@@ -92,7 +93,7 @@ class Queue:
                 drawn as fast as its tasks are done.
             name: of the job; made from fn's name when not given.
             kwargs: keyword arguments that are the same for every call.
-            chunksize: tasks that travel together; measured by default.
+            chunksize: tasks that travel together, at most 2,000; measured by default.
 
         Raises:
             JobExistsError: the name is taken.
@@ -295,7 +296,7 @@ def _chunk_size(chunksize: ChunkSize) -> int | None:
         size = 0
     if size < 1:
         raise ValueError(f"chunksize must be 'auto' or at least 1, not {chunksize!r}")
-    return size
+    return min(size, planner.MOST)
 
 
 def _zipped(iterables: tuple[Iterable[Any], ...]) -> Iterable[Any]:
