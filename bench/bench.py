@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import joblib
+import numpy as np
 import psutil
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
@@ -66,6 +67,7 @@ def measure(cluster: LocalCluster, queue: Queue, given: argparse.Namespace) -> d
         "floor_items_per_s": ground["items_per_s"],
         "items_per_s": statistics.median(ours),
         "joblib_items_per_s": statistics.median(theirs),
+        "frame_of_a_million_s": _timed(lambda: _frame(1_000_000)),
         **_idle(),
         "client_rss_mb": psutil.Process().memory_info().rss / 2**20,
     }
@@ -81,6 +83,22 @@ def _idle(seconds: float = 10.0) -> dict[str, float]:
     java = [p for p in processes if p.name() == "java"]
     memory = sum(p.memory_full_info().pss for p in processes if p not in java)
     return {"idle_cpu_percent": 100 * used / seconds, "stack_pss_mb": memory / 2**20}
+
+
+def _frame(rows: int) -> None:
+    from yadtq_nb.client import frame
+
+    moments = np.full(rows, 1.8e9)
+    frame.build_frame(
+        list(range(rows)),
+        [0.5 * row for row in range(rows)],
+        b"S" * rows,
+        {},
+        ["node"] * rows,
+        moments,
+        np.full(rows, 0.5),
+        np.ones(rows, dtype=np.int64),
+    )
 
 
 def _timed(call: Callable[[], object]) -> float:
@@ -103,6 +121,7 @@ def _table(stack: str, f: dict[str, float]) -> str:
             f"| no-op map, items a second | {f['items_per_s']:,.0f} | {f['floor_items_per_s']:,.0f} | "
             f"{f['joblib_items_per_s']:,.0f} |",
             f"| idle, percent of a core | {f['idle_cpu_percent']:.1f} | | |",
+            f"| frame of 1,000,000 floats | {f['frame_of_a_million_s']:.2f} s | | |",
             f"| memory of the stack, MB | {f['stack_pss_mb']:.0f} | | |",
         ]
     )
