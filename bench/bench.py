@@ -28,6 +28,8 @@ import floor  # noqa: E402  # beside this file
 from yadtq_nb import Config, LocalCluster, Queue  # noqa: E402  # sorted after it
 
 SLOTS = 2
+#: Tasks sent one at a time before the other takes its turn.
+_TURN = 30
 
 
 def add_one(x: int) -> int:
@@ -50,23 +52,33 @@ def main() -> None:
 
 
 def measure(cluster: LocalCluster, queue: Queue, given: argparse.Namespace) -> dict[str, float]:
-    """Return all figures by name."""
+    """Return all figures by name. What is compared is measured in turn, since a machine's speed drifts."""
     queue.map(add_one, range(1_000)).results(timeout=60)
-    ground = floor.measure(cluster.config, tasks=given.tasks, items=given.items, chunk=2_000, runs=given.runs)
-    one = [_timed(lambda i=i: queue.submit(add_one, i).result(30)) for i in range(given.tasks + 30)][30:]
-    ours, theirs = [], []
-    with joblib.Parallel(n_jobs=SLOTS) as pool:
-        pool(joblib.delayed(add_one)(i) for i in range(1_000))
-        for _ in range(given.runs):
-            ours.append(given.items / _timed(lambda: _check(queue.map(add_one, range(given.items)).results(60))))
-            theirs.append(given.items / _timed(lambda: _check(pool(map(joblib.delayed(add_one), range(given.items))))))
+    one: dict[str, list[float]] = {"ours": [], "floor": []}
+    many: dict[str, list[float]] = {"ours": [], "floor": [], "joblib": []}
+    with floor.Floor(cluster.config) as ground, joblib.Parallel(n_jobs=SLOTS) as pool:
+        for warm in (True, *[False] * (given.tasks // _TURN)):
+            for name, call in (
+                ("floor", lambda: ground.there_and_back(1, 1)),
+                ("ours", lambda: queue.submit(add_one, 1).result(30)),
+            ):
+                times = [_timed(call) for _ in range(_TURN)]
+                one[name] += [] if warm else times
+        for warm in (True, *[False] * given.runs):
+            for name, call in (
+                ("floor", lambda: ground.there_and_back(given.items, 2_000)),
+                ("ours", lambda: _check(queue.map(add_one, range(given.items)).results(60))),
+                ("joblib", lambda: _check(pool(map(joblib.delayed(add_one), range(given.items))))),
+            ):
+                rate = given.items / _timed(call)
+                many[name] += [] if warm else [rate]
     return {
-        "floor_p50_ms": ground["p50_ms"],
-        "p50_ms": 1e3 * statistics.median(one),
-        "p99_ms": 1e3 * statistics.quantiles(one, n=100)[98],
-        "floor_items_per_s": ground["items_per_s"],
-        "items_per_s": statistics.median(ours),
-        "joblib_items_per_s": statistics.median(theirs),
+        "floor_p50_ms": 1e3 * statistics.median(one["floor"]),
+        "p50_ms": 1e3 * statistics.median(one["ours"]),
+        "p99_ms": 1e3 * statistics.quantiles(one["ours"], n=100)[98],
+        "floor_items_per_s": statistics.median(many["floor"]),
+        "items_per_s": statistics.median(many["ours"]),
+        "joblib_items_per_s": statistics.median(many["joblib"]),
         "frame_of_a_million_s": _timed(lambda: _frame(1_000_000)),
         **_idle(),
         "client_rss_mb": psutil.Process().memory_info().rss / 2**20,

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
-import statistics
-import time
 import uuid
 from multiprocessing.synchronize import Event
 from typing import Any
@@ -23,24 +21,32 @@ from yadtq_nb import Config
 PARTITIONS = 4
 
 
-def measure(config: Config, *, tasks: int, items: int, chunk: int, runs: int) -> dict[str, float]:
-    """Return p50 in ms of one record there and back, and items a second in chunks."""
-    name = f"floor-{uuid.uuid4().hex[:8]}"
-    admin = AdminClient({"bootstrap.servers": config.kafka})
-    for future in admin.create_topics([NewTopic(name, PARTITIONS, 1)]).values():
-        future.result(20)
-    context = multiprocessing.get_context("spawn")
-    ready = context.Event()
-    worker = context.Process(target=_work, args=(config, name, ready))
-    worker.start()
-    ready.wait(30)
-    client = _Client(config, name)
-    one = [client.there_and_back(1, 1) for _ in range(tasks + 30)][30:]
-    rates = [items / client.there_and_back(items, chunk) for _ in range(runs)]
-    client.send(b"stop")
-    worker.join(10)
-    client.close()
-    return {"p50_ms": 1e3 * statistics.median(one), "items_per_s": statistics.median(rates)}
+class Floor:
+    """The worker process and its client, for one `with` block."""
+
+    def __init__(self, config: Config) -> None:
+        name = f"floor-{uuid.uuid4().hex[:8]}"
+        admin = AdminClient({"bootstrap.servers": config.kafka})
+        for future in admin.create_topics([NewTopic(name, PARTITIONS, 1)]).values():
+            future.result(20)
+        context = multiprocessing.get_context("spawn")
+        ready = context.Event()
+        self._worker = context.Process(target=_work, args=(config, name, ready))
+        self._worker.start()
+        ready.wait(30)
+        self._client = _Client(config, name)
+
+    def __enter__(self) -> Floor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.send(b"stop")
+        self._worker.join(10)
+        self._client.close()
+
+    def there_and_back(self, items: int, chunk: int) -> None:
+        """Send items in chunks, and wait for all answers."""
+        self._client.there_and_back(items, chunk)
 
 
 class _Client:
@@ -58,8 +64,7 @@ class _Client:
         self._producer.poll(0)
         self._sent += 1
 
-    def there_and_back(self, items: int, chunk: int) -> float:
-        start = time.perf_counter()
+    def there_and_back(self, items: int, chunk: int) -> None:
         for first in range(0, items, chunk):
             self.send(pickle.dumps(list(range(first, first + chunk))))
         got = 0
@@ -67,7 +72,6 @@ class _Client:
             for _, entries in self._redis.xread({self._name: self._last}, count=5000, block=5000) or []:
                 for self._last, fields in entries:  # the last one read is where reading goes on
                     got += len(pickle.loads(fields[b"v"]))
-        return time.perf_counter() - start
 
     def close(self) -> None:
         self._producer.flush(10)
