@@ -28,8 +28,8 @@ import floor  # noqa: E402  # beside this file
 from yadtq_nb import Config, LocalCluster, Queue  # noqa: E402  # sorted after it
 
 SLOTS = 2
-#: Tasks sent one at a time before the other takes its turn.
-_TURN = 30
+#: Tasks that are not counted, first.
+_WARM = 30
 
 
 def add_one(x: int) -> int:
@@ -52,26 +52,20 @@ def main() -> None:
 
 
 def measure(cluster: LocalCluster, queue: Queue, given: argparse.Namespace) -> dict[str, float]:
-    """Return all figures by name. What is compared is measured in turn, since a machine's speed drifts."""
-    queue.map(add_one, range(1_000)).results(timeout=60)
+    """Return all figures by name. The floor is measured before and after, since a machine's speed drifts."""
     one: dict[str, list[float]] = {"ours": [], "floor": []}
     many: dict[str, list[float]] = {"ours": [], "floor": [], "joblib": []}
-    with floor.Floor(cluster.config) as ground, joblib.Parallel(n_jobs=SLOTS) as pool:
-        for warm in (True, *[False] * (given.tasks // _TURN)):
-            for name, call in (
-                ("floor", lambda: ground.there_and_back(1, 1)),
-                ("ours", lambda: queue.submit(add_one, 1).result(30)),
-            ):
-                times = [_timed(call) for _ in range(_TURN)]
-                one[name] += [] if warm else times
-        for warm in (True, *[False] * given.runs):
-            for name, call in (
-                ("floor", lambda: ground.there_and_back(given.items, 2_000)),
-                ("ours", lambda: _check(queue.map(add_one, range(given.items)).results(60))),
-                ("joblib", lambda: _check(pool(map(joblib.delayed(add_one), range(given.items))))),
-            ):
-                rate = given.items / _timed(call)
-                many[name] += [] if warm else [rate]
+    _measure_floor(cluster, given, one["floor"], many["floor"])
+    queue.map(add_one, range(1_000)).results(timeout=60)
+    one["ours"] = [_timed(lambda: queue.submit(add_one, 1).result(30)) for _ in range(given.tasks + _WARM)][_WARM:]
+    with joblib.Parallel(n_jobs=SLOTS) as pool:
+        pool(joblib.delayed(add_one)(i) for i in range(1_000))
+        for _ in range(given.runs):
+            seconds = _timed(lambda: _check(queue.map(add_one, range(given.items)).results(60)))
+            many["ours"].append(given.items / seconds)
+            seconds = _timed(lambda: _check(pool(map(joblib.delayed(add_one), range(given.items)))))
+            many["joblib"].append(given.items / seconds)
+    _measure_floor(cluster, given, one["floor"], many["floor"])
     return {
         "floor_p50_ms": 1e3 * statistics.median(one["floor"]),
         "p50_ms": 1e3 * statistics.median(one["ours"]),
@@ -83,6 +77,14 @@ def measure(cluster: LocalCluster, queue: Queue, given: argparse.Namespace) -> d
         **_idle(),
         "client_rss_mb": psutil.Process().memory_info().rss / 2**20,
     }
+
+
+def _measure_floor(cluster: LocalCluster, given: argparse.Namespace, one: list[float], many: list[float]) -> None:
+    # Its worker polls all the time it lives: it must not while something else is measured.
+    with floor.Floor(cluster.config) as ground:
+        one += [_timed(lambda: ground.there_and_back(1, 1)) for _ in range(given.tasks // 2 + _WARM)][_WARM:]
+        for _ in range(given.runs):
+            many.append(given.items / _timed(lambda: ground.there_and_back(given.items, 2_000)))
 
 
 def _idle(seconds: float = 10.0) -> dict[str, float]:
