@@ -585,7 +585,7 @@ def test_order_without_a_living_slot_is_told_as_death(tmp_path: Path) -> None:
     pool = SlotPool(slots=1, secret=SECRET, node="n", directory=tmp_path / "node")  # never started
     lease = make_lease(lambda x: x, [1])
     pool.run(lease)
-    assert pool.poll(0) == [Died(lease, None, "no slot was alive to run it", "")]
+    assert pool.poll(0) == [Died(lease, None, "no slot was alive to run it", "", ran=False)]
     pool.stop(0)
 
 

@@ -30,6 +30,7 @@ from yadtq_nb.errors import (
     TaskCrashedError,
     TaskError,
     WorkbenchError,
+    WorkbenchFullError,
     YadtqError,
 )
 
@@ -69,6 +70,7 @@ __all__ = [
     "TaskError",
     "TaskFuture",
     "WorkbenchError",
+    "WorkbenchFullError",
     "YadtqError",
     "__version__",
 ]

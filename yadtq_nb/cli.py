@@ -130,7 +130,7 @@ def jobs(
     from yadtq_nb import Queue
 
     with Queue(queue, kafka=kafka, redis=redis, secret=_secret(secret_file)) as opened:
-        _print_frame(opened.jobs().to_string(index=False), empty="No jobs.")
+        _print_frame(opened.jobs().reset_index().to_string(index=False), empty="No jobs.")
 
 
 @app.command(rich_help_panel="Queue")
@@ -141,7 +141,7 @@ def workers(
     from yadtq_nb import Queue
 
     with Queue(queue, kafka=kafka, redis=redis, secret=_secret(secret_file)) as opened:
-        _print_frame(opened.workers().to_string(index=False), empty="No workers.")
+        _print_frame(opened.workers().reset_index().to_string(index=False), empty="No workers.")
 
 
 def shown(url: str) -> str:

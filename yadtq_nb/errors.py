@@ -5,6 +5,7 @@ YadtqError
 ├── LocalStackError                     the stack on this machine cannot start
 ├── BacklogError (ConnectionError)      Kafka cannot be reached or refuses
 ├── WorkbenchError (ConnectionError)    Redis cannot be reached or refuses
+│   └── WorkbenchFullError              it is full
 ├── CodecError (ValueError)             bytes that cannot be read
 │   ├── SignatureError                  signed with another secret, or not at all
 │   └── FormatError                     malformed, truncated, or of another version
@@ -44,6 +45,10 @@ class BacklogError(YadtqError, ConnectionError):
 
 class WorkbenchError(YadtqError, ConnectionError):
     """Redis cannot be reached, or refused what was asked."""
+
+
+class WorkbenchFullError(WorkbenchError):
+    """Redis is full: nothing more can be sent until old jobs have gone."""
 
 
 class CodecError(YadtqError, ValueError):

@@ -262,5 +262,5 @@ def chunk_id(job: str, number: int) -> str:
 
 
 def new_id() -> str:
-    """Return a fresh id of 16 hex digits whose order is the order of time."""
-    return f"{time.time_ns() // 1_000_000:011x}"[-11:] + secrets.token_hex(3)[:5]
+    """Return a fresh id of 24 hex digits, whose order is the order of time to the millisecond."""
+    return f"{time.time_ns() // 1_000_000:011x}"[-11:] + secrets.token_hex(7)[:13]

@@ -132,7 +132,9 @@ class Publisher:
             except BacklogError:
                 if self._broken.is_set():
                     return  # the next producer sends it
-                self._settle(letter, None)
+                with self._empty:
+                    self._letters.pop(id(letter), None)
+                    self._empty.notify_all()
                 raise
         self._settle(letter, BacklogError("the queue is being closed, but Kafka is behind"))
 

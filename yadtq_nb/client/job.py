@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, overload
 
 from yadtq_nb import codec
 from yadtq_nb.client.board import Board, Failure, revive
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Errors = Literal["raise", "return", "skip"]
 
 #: Seconds for which a lost node is still shown.
-_SHOW_LOST = 600.0
+_SHOW_LOST: Final = 600.0
 
 
 class Link(Protocol):

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from yadtq_nb import codec
+from yadtq_nb import codec, pending
 from yadtq_nb.backlog.publish import Publisher
 from yadtq_nb.client.board import Board
 from yadtq_nb.client.inbox import Inbox
@@ -44,6 +44,7 @@ class Link:
         self.mailer = Mailer(config, self.store, self._publisher)
         self._senders: list[Sender] = []
         self._pid = os.getpid()
+        pending.add(self)
 
     def packet(
         self, fn: Callable[..., Any], kwargs: dict[str, Any], style: CallStyle, name: str | None, where: Environment
@@ -154,21 +155,22 @@ class Link:
         self.inbox.watch(board, known=False)
         return board, job
 
-    def finish_sending(self, timeout: float) -> None:
-        """Wait for jobs whose input has an end to be sent, give up the others, and wait for Kafka to have it all."""
+    def finish_sending(self, timeout: float, *, ending: bool) -> None:
+        """Wait for what has an end to be sent, and for Kafka to have it all; when ending, give up the rest."""
         if os.getpid() != self._pid:
             return
         deadline = time.monotonic() + timeout
         for sender in self._senders:
             if sender.bounded:
                 sender.finished.wait(max(0.0, deadline - time.monotonic()))
-            else:
+            elif ending:
                 sender.abandon()
         self._publisher.flush(max(0.1, deadline - time.monotonic()))
 
     def close(self) -> None:
         """Send what is being sent, and close."""
-        self.finish_sending(60.0)
+        pending.remove(self)
+        self.finish_sending(60.0, ending=True)
         self._publisher.close()
         self.inbox.close()
         self.store.close()

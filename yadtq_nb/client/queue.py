@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import operator
 import os
 import socket
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from yadtq_nb import codec
 from yadtq_nb import config as configuration
+from yadtq_nb.client import planner
 from yadtq_nb.client.job import Job
 from yadtq_nb.config import Config
 from yadtq_nb.errors import ConfigError, JobNotFoundError
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from yadtq_nb.client.link import Link
 
-#: Seconds that interpreter exit waits for what is being sent.
-_EXIT: Final = 60.0
 #: Seconds for which the number of slots is taken as known.
 _SLOTS_KNOWN: Final = 2.0
 
@@ -95,7 +93,7 @@ class Queue:
                 drawn as fast as its tasks are done.
             name: of the job; made from fn's name when not given.
             kwargs: keyword arguments that are the same for every call.
-            chunksize: tasks that travel together; measured by default.
+            chunksize: tasks that travel together, at most 2,000; measured by default.
 
         Raises:
             JobExistsError: the name is taken.
@@ -206,7 +204,6 @@ class Queue:
         with self._lock:
             opened, self._opened = self._opened, None
         if opened is not None and opened[0] == os.getpid():
-            _open_links.discard(opened[2])
             opened[2].close()
 
     def __enter__(self) -> Queue:
@@ -240,7 +237,6 @@ class Queue:
                 return self._opened[2]
             link = Link(config, self.name)
             self._opened = (os.getpid(), config, link)
-        _open_links.add(link)
         return link
 
     def _slots(self) -> int:
@@ -277,8 +273,6 @@ class Options:
 
 
 _NAME_CHARACTERS: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
-#: Links that are not closed, held until exit: whoever drops a Queue may still be sending through it.
-_open_links: set[Link] = set()
 
 
 def _check_call(fn: Callable[..., Any], name: str | None) -> None:
@@ -302,7 +296,7 @@ def _chunk_size(chunksize: ChunkSize) -> int | None:
         size = 0
     if size < 1:
         raise ValueError(f"chunksize must be 'auto' or at least 1, not {chunksize!r}")
-    return size
+    return min(size, planner.MOST)
 
 
 def _zipped(iterables: tuple[Iterable[Any], ...]) -> Iterable[Any]:
@@ -330,11 +324,3 @@ def _environment(fn: Callable[..., Any], link: Link, items: list[Any] | Iterator
 
 def _rebuild(name: str, config: Config) -> Queue:
     return Queue(name, config=config)
-
-
-@atexit.register
-def _wait_for_senders() -> None:
-    """Let what is being sent get out: a script that ends right after map() must not lose its job."""
-    deadline = time.monotonic() + _EXIT
-    for link in list(_open_links):
-        link.finish_sending(max(0.0, deadline - time.monotonic()))

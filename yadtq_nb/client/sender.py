@@ -22,7 +22,7 @@ from yadtq_nb.client.board import Board
 from yadtq_nb.client.drawer import Drawer
 from yadtq_nb.client.inbox import Inbox
 from yadtq_nb.config import Config
-from yadtq_nb.errors import BacklogError, JobIncompleteError, WorkbenchError, YadtqError
+from yadtq_nb.errors import BacklogError, JobIncompleteError, WorkbenchError, WorkbenchFullError, YadtqError
 from yadtq_nb.model import BrokenItem, CallStyle, ChunkHead, Environment, Manifest, Seal
 from yadtq_nb.workbench.jobs import JobStore
 
@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 _INLINE_FUNCTION: Final = 16 * 1024
 #: Seconds after which feeders are rung for again: less than they stay awake.
 _RING_AGAIN: Final = 0.4
+#: Seconds for which sending waits for Redis, and between tries.
+_PATIENCE: Final = 60.0
+_PAUSE: Final = 0.2
 #: Seconds to wait for the broker to take everything.
 _FLUSH: Final = 120.0
 
@@ -145,7 +148,7 @@ class Mailer:
         head = packet.head(number, first, len(items), total=total, by_reference=by_reference)
         if by_reference:
             sealed = codec.seal(self._config.key, codec.ARGUMENTS, *arguments)
-            self._store.put_blob(f"{packet.job}-{number}", sealed)
+            patiently(lambda: self._store.put_blob(f"{packet.job}-{number}", sealed))
             arguments = []
         function = b"" if packet.by_blob else packet.function
         self._publisher.send_chunk(codec.encode_chunk(self._config.key, head, function, arguments), acknowledged)
@@ -160,7 +163,11 @@ class Mailer:
         now = time.monotonic()
         if self._config.reading == "wake" and now - self._rung_at > _RING_AGAIN:
             self._rung_at = now
-            self._store.ring()
+            try:
+                self._store.ring()
+            except WorkbenchError as exc:
+                # What was sent is sent: feeders look by themselves now and then.
+                log.warning("nobody was rung for: %s", exc)
 
     def flush(self) -> bool:
         """Wait until Kafka has taken everything."""
@@ -277,12 +284,10 @@ class Sender:
         if self._refused is not None:
             raise self._refused
         chunks, size = self._mailer.send(self._packet, self._number, self._sent, items, self._acknowledge)
-        first_chunk = self._number == 0
         self._number += chunks
         self._sent += len(items)
         self._bytes += size
-        if first_chunk or self._number % 64 == 0:
-            self._mailer.ring()
+        self._mailer.ring()
 
     def _measure(self, slots: int) -> planner.Measured:
         """Wait a moment for the first outcomes; what they took is what the others will take."""
@@ -321,9 +326,30 @@ class Sender:
         ends = {f"{self._mailer.topic_id}/{partition}": end for partition, end in self._ends.items()}
         seal = Seal(self._packet.job, self._sent, ends)
         self._mailer.send_entry(seal)
-        self._store.seal(seal)
-        self._store.stop_sending(self._packet.job)
+        patiently(lambda: self._store.seal(seal))
+        patiently(lambda: self._store.stop_sending(self._packet.job))
         self._mailer.flush()
+
+
+def patiently(call: Callable[[], object]) -> None:
+    """Do what may be done twice, and wait while Redis is away.
+
+    Raises:
+        WorkbenchFullError: it is full.
+        WorkbenchError: it was away for too long.
+    """
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            call()
+            return
+        except WorkbenchFullError:
+            raise
+        except WorkbenchError as exc:
+            if time.monotonic() > deadline:
+                raise
+            log.warning("sending waits: %s", exc)
+            time.sleep(_PAUSE)
 
 
 def _pickle_items(items: Sequence[Any], first: int) -> list[codec.Buffer]:

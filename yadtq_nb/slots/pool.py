@@ -65,6 +65,8 @@ class Died(msgspec.Struct, frozen=True):
     reason: str
     #: The last lines of what the slot wrote while it had this chunk.
     stderr: str
+    #: False when no slot was there to run the chunk: then no task is to blame.
+    ran: bool = True
 
 
 SlotEvent: TypeAlias = Outcomes | Died
@@ -157,7 +159,7 @@ class SlotPool:
             self._reserved -= 1
             slot = self._choose(head.environment)
             if slot is None:
-                self._events.append(Died(lease, None, "no slot was alive to run it", ""))
+                self._events.append(Died(lease, None, "no slot was alive to run it", "", ran=False))
                 self.wake()
                 return
             slot.lease, slot.environment, slot.used = lease, slot.environment or head.environment, time.monotonic()

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import msgspec
 
-from yadtq_nb import codec, errors, source
+from yadtq_nb import codec, errors, pending, source
 from yadtq_nb.model import ChunkHead, Environment
 from yadtq_nb.slots import hints, processes, running, wire
 from yadtq_nb.slots.outcomes import Outcomes
@@ -92,6 +92,7 @@ class Slot:
             self._run_tasks(head, call, items, todo, outcomes)
         if os.getpid() != self._pid:
             os._exit(0)  # a task has forked, and the child has come back: it must not speak for the slot
+        pending.finish()  # once the chunk is told done, this slot may be replaced
         self._reporter.finish(outcomes)
 
     def _run_tasks(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -9,12 +10,14 @@ import msgspec
 
 from yadtq_nb import codec
 from yadtq_nb.config import Config
-from yadtq_nb.errors import FormatError, WorkbenchError
+from yadtq_nb.errors import CodecError, FormatError, WorkbenchError
 from yadtq_nb.model import ChunkHead, Lease, WorkerInfo
 from yadtq_nb.workbench.connection import Connection
 
 #: Blobs up to this size are told with the news, so that a client needs no second round trip; in bytes.
 _INLINE: Final = 2048
+
+log = logging.getLogger(__name__)
 
 _pack = msgspec.msgpack.Encoder().encode
 _unpack = msgspec.msgpack.decode
@@ -145,7 +148,14 @@ class Workbench:
         """
         status, taken = self._redis.call("take", self._node, self._config.lease, count)
         _check_live(status)
-        return [self._lease(*entry) for entry in taken]
+        leases = []
+        for entry in taken:
+            try:
+                leases.append(self._lease(*entry))
+            except CodecError as exc:
+                # Not named, its lease lapses; another node may know more.
+                log.error("chunk %s cannot be read: %s", entry[0].decode(), exc)
+        return leases
 
     def _lease(self, id: bytes, token: bytes, record: bytes, done: bytes, crashes: bytes, lapses: int) -> Lease:
         head, *_ = codec.decode_chunk(self._config.key, record)
@@ -211,7 +221,7 @@ class Workbench:
             WorkbenchError: Redis cannot be reached.
         """
         named = [[lease.head.id, str(lease.token), offset] for lease, offset in leases]
-        _, lost, marks, ready, _ = self._redis.call(
+        lost, marks, ready = self._redis.call(
             "beat",
             self._node,
             _pack(info),

@@ -14,7 +14,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from yadtq_nb.config import Config
-from yadtq_nb.errors import WorkbenchError
+from yadtq_nb.errors import WorkbenchError, WorkbenchFullError
 
 VERBS: Final = ("feed", "take", "finish", "release", "mark", "beat", "reap", "init", "create", "seal")
 
@@ -31,7 +31,7 @@ def translate_redis_errors() -> Iterator[None]:
         raise WorkbenchError(f"Redis refused the password or user in its URL: {exc}") from exc
     except redis.ResponseError as exc:
         if str(exc).startswith("OOM"):
-            raise WorkbenchError(
+            raise WorkbenchFullError(
                 "Redis is full (maxmemory): delete old jobs or raise maxmemory; tasks in hand go on"
             ) from exc
         raise WorkbenchError(f"Redis refused a command: {exc}") from exc
@@ -49,17 +49,15 @@ class Connection:
         self._lock = threading.Lock()
         with translate_redis_errors():
             # No retries in the library: whoever calls knows what may be sent twice.
-            self.client: Any = redis.Redis.from_url(
-                config.redis,
-                protocol=2,
-                socket_timeout=timeout,
-                socket_connect_timeout=5.0,
-                socket_keepalive=True,
-                retry=Retry(NoBackoff(), 0),
-                single_connection_client=False,
-                max_connections=4,
-                **config.redis_options,
-            )
+            ours = {
+                "protocol": 2,
+                "socket_timeout": timeout,
+                "socket_connect_timeout": 5.0,
+                "socket_keepalive": True,
+                "retry": Retry(NoBackoff(), 0),
+                "max_connections": 4,
+            }
+            self.client: Any = redis.Redis.from_url(config.redis, **{**ours, **config.redis_options})
         self._scripts = {verb: self.client.register_script(_source(verb)) for verb in VERBS}
 
     def key(self, *parts: str) -> str:

@@ -171,7 +171,7 @@ class JobStore:
         with self._redis.use() as client:
             named, exists = (
                 client.pipeline(transaction=False)
-                .hget(self._redis.key("names"), name_or_id)
+                .get(self._redis.key("name", name_or_id))
                 .exists(self._key(name_or_id))
                 .execute()
             )

@@ -32,6 +32,8 @@ class BlobFiles:
                     f"the workbench has lost {name}, which this task needs: it expired, or Redis was emptied; "
                     "send the job again"
                 )
+            # Somebody may have cleaned up the temporary directory.
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             # Renamed when whole, so that no slot reads half a file.
             partial = self._directory / f".{name}.{os.getpid()}.{threading.get_ident()}"
             partial.write_bytes(data)

@@ -33,6 +33,8 @@ _SLOW_POLL: Final = 5.0
 #: Seconds between looks at the topic, on a broker that forgets it when it restarts, and on others.
 _LOOK_WAKE: Final = 1.0
 _LOOK_POLL: Final = 10.0
+#: Seconds for which a replay of the jobs topic holds.
+_RESTORED: Final = 1.0
 #: Seconds to wait before the next try when a server is away, or the workbench is full.
 _PAUSE: Final = 0.1
 
@@ -68,6 +70,7 @@ class Feeder:
         self._bench = workbench
         self._queue = queue
         self._reader = Reader(config, queue, topic)
+        self._restored_at = float("-inf")
         self._topics = Topics(config, queue)
         self._topic_seen_at = time.monotonic()
         self._restore = restore
@@ -196,12 +199,18 @@ class Feeder:
             return cursor.offset
         if cursor is None:
             # What a wiped workbench must know comes before its chunks: a cancelled job must not come back to life.
-            self._restore()
+            self._restore_once()
         offset = self._reader.committed(partition)
         if offset is None:
             offset = self._reader.log_start(partition)
         now = self._bench.init(partition, cursor, Cursor(self._topic.id, offset))
         return now.offset if now is not None and now.topic_id == self._topic.id else offset
+
+    def _restore_once(self) -> None:
+        """Replay the jobs topic, but not for each of the partitions that lack a cursor."""
+        if time.monotonic() - self._restored_at > _RESTORED:
+            self._restore()
+            self._restored_at = time.monotonic()
 
     # Waiting and reading.
 

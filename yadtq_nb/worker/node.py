@@ -34,7 +34,7 @@ from yadtq_nb.backlog.connection import Topic
 from yadtq_nb.backlog.publish import Publisher
 from yadtq_nb.backlog.reader import Record, replay_jobs
 from yadtq_nb.config import Config
-from yadtq_nb.errors import BacklogError, CodecError, TaskError, WorkbenchError
+from yadtq_nb.errors import CodecError, TaskError, WorkbenchError
 from yadtq_nb.model import Lease, WorkerInfo
 from yadtq_nb.slots.pool import Died, Outcomes, SlotPool
 from yadtq_nb.workbench.bench import Heard, NotLiveError, Workbench
@@ -91,6 +91,8 @@ class Node:
         self._may_take = True
         self._stopping = threading.Event()
         self._stop_at = float("inf")
+        #: True when a thread of this node has ended by an error of ours.
+        self.failed = False
         self._home = tempfile.TemporaryDirectory(prefix=f"yadtq-node-{self.id}-")  # the keeper knows it by this
         self._directory = Path(self._home.name)
         self._blobs = BlobFiles(self._directory / "blobs")
@@ -119,6 +121,12 @@ class Node:
         self._stop_at = 0.0 if self._stopping.is_set() else time.monotonic() + self._grace
         self._stopping.set()
         self.pool.wake()
+
+    def fail(self, args: threading.ExceptHookArgs) -> None:
+        """End the node, since one of its threads has ended: half a node would hold partitions and feed nothing."""
+        log.critical("thread %s has ended", args.thread and args.thread.name, exc_info=args.exc_value)
+        self.failed = True
+        self.stop()
 
     def _connect(self) -> None:
         config, queue = self._config, self.queue
@@ -163,7 +171,7 @@ class Node:
         )
 
     def _serve(self) -> None:
-        while not (self._stopping.is_set() and (not self._leases or time.monotonic() >= self._stop_at)):
+        while not (self._stopping.is_set() and (self._is_idle() or time.monotonic() >= self._stop_at)):
             if self._may_take and not self._stopping.is_set():
                 self._take()
             wait = _PAUSE if self._outbox or self._stopping.is_set() else 60.0
@@ -174,6 +182,9 @@ class Node:
                     self._bury(event)
             self._send_outbox()
 
+    def _is_idle(self) -> bool:
+        return not self._leases and not self._outbox
+
     def _close(self) -> None:
         if not hasattr(self, "_bell"):
             self.pool.stop(0.0)
@@ -182,12 +193,12 @@ class Node:
         self._stopping.set()
         self._feeder.close()
         self._heart.close()
+        self._bell.join()
         self.pool.stop(0.0)
         with contextlib.suppress(WorkbenchError):
             for lease in list(self._leases.values()):
                 self._bench.release(lease)
             self._bench.beat(self._info("stopped"), 1, [], polls=False)
-        self._bell.join()
         self._publisher.send_event("node stopped", node=self.id)
         self._publisher.close(1.0)
         self._bench.close()
@@ -267,9 +278,13 @@ class Node:
             self._post(lease, event.offsets, event.states, event.frame)
         if not event.last:
             return
-        if self._singles.get(id):
-            self.pool.reserve(1)
+        if self._singles.get(id) and self._leases.get(id) is lease:
             self._send_outbox()
+            if not self.pool.reserve(1):
+                # The feeder was quicker: the rest waits in the line.
+                self._outbox.append(lambda: self._bench.release(lease))
+                self._drop(lease)
+                return
             try:
                 self._run_next_single(lease, self._bench)
             except (TaskError, WorkbenchError) as exc:
@@ -287,7 +302,9 @@ class Node:
         offset = next((o for o in range(lease.head.count) if o not in lease.done), 0)
         offset = event.offset if event.offset is not None else offset
         times = lease.crashes.get(offset, 0) + 1
-        if times < self._config.max_crashes:
+        if not event.ran:
+            self._outbox.append(lambda: self._bench.release(lease))
+        elif times < self._config.max_crashes:
             self._outbox.append(lambda: self._bench.release(lease, crashed=offset))
         else:
             states, frame = crash.outcome(self._config.key, self.id, lease, {offset: times}, event.reason, event.stderr)
@@ -320,7 +337,10 @@ class Node:
 
     def _drop(self, lease: Lease) -> None:
         with self._leases_lock:
-            self._leases.pop(lease.head.id, None)
+            # The same chunk may have come here again meanwhile, under a lease of its own.
+            if self._leases.get(lease.head.id) is not lease:
+                return
+            del self._leases[lease.head.id]
         self._singles.pop(lease.head.id, None)
         if lease.head.by_reference:
             self._blobs.drop(_arguments(lease))
@@ -335,12 +355,20 @@ class Node:
 
     def _hear(self, heard: Heard, marks: dict[int, int]) -> None:
         self._feeder.share(heard.shares, marks)
+        self._stop_lost(heard.lost)
         if heard.ready and not self._may_take:
             self._may_take = True
             self.pool.wake()
         if self._active is not None and (self._leases or heard.ready):
             self._active.touch()
         self._publisher.send_event("heartbeat", node=self.id, leases=len(self._leases), ready=heard.ready)
+
+    def _stop_lost(self, chunks: list[str]) -> None:
+        """Stop what is another's by now, or done: its outcome would only be dropped."""
+        running = self.pool.running()
+        for chunk in chunks:
+            if chunk in running and running[chunk][0] is self._leases.get(chunk):
+                self.pool.kill(chunk)
 
     def _tell_reaped(self, lapsed: list[tuple[str, str]]) -> None:
         for chunk, node in lapsed:
@@ -391,15 +419,14 @@ class Node:
         )
 
     def _usage(self) -> tuple[float, int]:
-        pids = [os.getpid(), *self.pool.pids()]
-        self._processes = {
-            pid: self._processes.get(pid) or psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)
-        }
         cpu, memory = 0.0, 0
-        for process in self._processes.values():
-            with contextlib.suppress(psutil.Error):
+        seen: dict[int, psutil.Process] = {}
+        for pid in (os.getpid(), *self.pool.pids()):
+            with contextlib.suppress(psutil.Error):  # it may end at any moment
+                process = seen[pid] = self._processes.get(pid) or psutil.Process(pid)
                 cpu += process.cpu_percent()
                 memory += process.memory_info().rss
+        self._processes = seen
         return round(cpu, 1), memory
 
 
@@ -425,9 +452,9 @@ def serve(
         SignatureError: the queue's other workers have another secret.
     """
     node = Node(config, queue, slots, id=id, predecessor=predecessor, active=active)
+    threading.excepthook = node.fail
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: node.stop())
     node.run(lambda: ready(node))
-
-
-__all__ = ["BacklogError", "Node", "serve"]
+    if node.failed:
+        raise SystemExit(1)

@@ -66,4 +66,4 @@ for i, p in ipairs(owned) do
   end
   marks[i] = {p, cursor, low}
 end
-return {tostring(now), lost, marks, redis.call('LLEN', key('ready')), #flat / 2}
+return {lost, marks, redis.call('LLEN', key('ready'))}

@@ -28,7 +28,6 @@ local function job_of(c)
     if not job.known then
       redis.call('HSET', name, 'id', c[1], 'name', c[7], 'function', c[8], 'total', c[9], 'created', c[10], 'style', c[11], 'sealed', c[9] >= 0 and 1 or 0)
       redis.call('ZADD', key('jobs'), c[10], c[1])
-      redis.call('HSETNX', key('names'), c[7], c[1])
       redis.call('EXPIRE', name, keep * 4)
     end
   end

@@ -59,7 +59,7 @@ redis.call('HSET', out, field, blob)
 if mask then
   redis.call('HSET', out, field .. 'm', mask)
 end
-if redis.call('HLEN', out) == 1 then
+if chunk.seq == 0 then
   redis.call('EXPIRE', out, keep * 4)
 end
 redis.call('HINCRBY', job_key(chunk.job), 'bytes', #blob)
@@ -81,11 +81,9 @@ else
     redis.call('LREM', key('ready'), 1, id)
     redis.call('DECRBY', key('ready_bytes'), chunk.size)
   end
-  redis.call('HDEL', key('open'), id)
+  forget(id, chunk)
   redis.call('SETBIT', job_key(chunk.job, 'finished'), chunk.number, 1)
-  for _, p in ipairs(chunk.positions) do
-    redis.call('ZREM', key('position:' .. p[1] .. ':' .. p[2]), p[3])
-  end
+  redis.call('EXPIRE', job_key(chunk.job, 'finished'), keep * 4)
   answer = 'closed'
 end
 local ended = end_if_complete(chunk.job, now, keep) and 1 or 0

@@ -46,6 +46,14 @@ end
 if #lapsed > 0 then
   ring()
 end
+-- Once a minute: what has expired leaves the list of jobs.
+if math.floor(now / 60) ~= math.floor(last / 60) then
+  for _, job in ipairs(redis.call('ZRANGE', key('jobs'), 0, 99)) do
+    if redis.call('EXISTS', job_key(job)) == 0 then
+      redis.call('ZREM', key('jobs'), job)
+    end
+  end
+end
 for _, node in ipairs(redis.call('ZRANGEBYSCORE', key('beats'), '-inf', now - 86400)) do
   redis.call('ZREM', key('beats'), node)
   redis.call('HDEL', key('nodes'), node)

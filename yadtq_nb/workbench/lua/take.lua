@@ -22,6 +22,9 @@ while #taken < wanted do
       local token = grant(id, chunk, node, now + lease)
       redis.call('HINCRBY', job_key(chunk.job), 'running', chunk.weight)
       taken[#taken + 1] = {id, token, data, chunk.done, cmsgpack.pack(chunk.crashes), chunk.lapses}
+    else
+      -- Its job has expired: nobody asks for it any more.
+      forget(id, chunk)
     end
   end
 end
