@@ -83,8 +83,7 @@ def _measure_floor(cluster: LocalCluster, given: argparse.Namespace, one: list[f
     # Its worker polls all the time it lives: it must not while something else is measured.
     with floor.Floor(cluster.config) as ground:
         one += [_timed(lambda: ground.there_and_back(1, 1)) for _ in range(given.tasks // 2 + _WARM)][_WARM:]
-        for _ in range(given.runs):
-            many.append(given.items / _timed(lambda: ground.there_and_back(given.items, 2_000)))
+        many += [given.items / _timed(lambda: ground.there_and_back(given.items, 2_000)) for _ in range(given.runs)]
 
 
 def _idle(seconds: float = 10.0) -> dict[str, float]:

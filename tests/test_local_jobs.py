@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from yadtq_nb import Queue
+from yadtq_nb import LocalCluster, Queue
 from yadtq_nb.local.home import Home
 from yadtq_nb.local.stack import Stack
 
@@ -53,3 +53,35 @@ def test_job_goes_on_after_the_whole_stack_was_killed(home: Home) -> None:
         wait_for_end(home)
         with Queue(config=stack.ensure_up()) as again:
             assert again.job("sweep").results(timeout=30) == list(range(40))
+
+
+def test_broker_in_memory_is_relieved_of_what_is_done_and_nothing_is_lost_on_the_way() -> None:
+    with LocalCluster(slots=2) as cluster, cluster.queue() as queue:
+        first = queue.submit(abs, -1)
+        assert first.result(30) == 1
+        before = {cursor.topic_id for cursor in queue._link().store.cursors().values()}
+        assert queue.map(abs, range(2_400), chunksize=1).results(60) == list(range(2_400))
+        deadline = time.monotonic() + 30
+        number = 0
+        while {cursor.topic_id for cursor in queue._link().store.cursors().values()} == before:
+            assert time.monotonic() < deadline, "the topic was not made again"
+            number += 1
+            assert queue.submit(abs, -number).result(30) == number
+        assert queue.map(abs, range(100)).results(30) == list(range(100))
+
+
+def test_what_the_broker_in_memory_forgets_before_it_is_fed_is_sent_again() -> None:
+    with LocalCluster(slots=1, workers=1) as cluster, cluster.queue() as queue:
+        assert queue.submit(abs, -1).result(30) == 1
+        cluster.workers[0].stop()
+        job = queue.map(abs, range(50), chunksize=5)
+        link = queue._link()
+        deadline = time.monotonic() + 30
+        while not (record := link.store.record(job.id)) or not record.sealed:
+            assert time.monotonic() < deadline, "the broker has everything"
+            time.sleep(0.02)
+        assert not link._publisher.settle(0), "and nobody has fed it"
+        cluster.kill_broker()
+        cluster.restart_broker()
+        cluster.workers[0].start()
+        assert job.results(60) == list(range(50))

@@ -157,10 +157,10 @@ def test_chunk_that_was_sent_twice_runs_once_and_both_records_are_closed_by_its_
     (lease,) = bench.feed(bench.head(0), bench.head(0), free=2)
     assert bench.node("a").take(9) == []
     (share,) = bench.beat("a", lease, polls=True, partitions=1)
-    assert share.low == 0
+    assert share.low == Cursor(TOPIC, 0)
     assert bench.finish("a", lease) == "closed"
     (share,) = bench.beat("a", polls=True, partitions=1)
-    assert share.low == 2
+    assert share.low == Cursor(TOPIC, 2)
 
 
 def test_chunk_that_is_finished_is_not_run_when_it_is_fed_again(bench: Bench) -> None:
@@ -173,9 +173,9 @@ def test_chunk_that_is_finished_is_not_run_when_it_is_fed_again(bench: Bench) ->
 def test_low_mark_stays_before_the_oldest_chunk_that_is_not_finished(bench: Bench) -> None:
     first, second = bench.feed(bench.head(0), bench.head(1), free=2)
     bench.finish("a", second)
-    assert bench.beat("a", first, polls=True, partitions=1)[0].low == 0
+    assert bench.beat("a", first, polls=True, partitions=1)[0].low == Cursor(TOPIC, 0)
     bench.finish("a", first)
-    assert bench.beat("a", polls=True, partitions=1)[0].low == 2
+    assert bench.beat("a", polls=True, partitions=1)[0].low == Cursor(TOPIC, 2)
 
 
 def test_feeding_stops_at_the_watermark_and_goes_on_below_it(bench: Bench) -> None:

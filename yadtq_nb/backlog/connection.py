@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 import msgspec
-from confluent_kafka import KafkaError, KafkaException, TopicCollection
-from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]  # exported, but not in __all__
+from confluent_kafka import KafkaError, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec  # type: ignore[attr-defined]  # exported, but not in __all__
 
 from yadtq_nb.config import Config
 from yadtq_nb.errors import BacklogError
@@ -91,6 +91,28 @@ class Topics:
         if found is None:
             raise BacklogError(f"topic {tasks_topic(self._queue)} was made on {self._config.kafka}, but is not there")
         return found
+
+    def ends(self, topic: Topic) -> dict[int, int]:
+        """Return the offset after the last task record of each partition, in one round trip.
+
+        Raises:
+            BacklogError: Kafka cannot be reached or refuses.
+        """
+        wanted = {TopicPartition(topic.name, p): OffsetSpec.latest() for p in range(topic.partitions)}  # type: ignore[no-untyped-call]  # brings no types
+        with translate_kafka_errors(self._config):
+            found = self._admin.list_offsets(wanted, request_timeout=TIMEOUT)
+            return {place.partition: int(future.result(TIMEOUT + 1).offset) for place, future in found.items()}
+
+    def delete(self) -> None:
+        """Delete the tasks and the events: on a broker in memory, to have that memory back.
+
+        Raises:
+            BacklogError: Kafka cannot be reached or refuses.
+        """
+        names = [tasks_topic(self._queue), events_topic(self._queue)]
+        with translate_kafka_errors(self._config):
+            for future in self._admin.delete_topics(names, request_timeout=TIMEOUT).values():
+                future.result(TIMEOUT + 1)
 
     def _describe(self) -> Topic | None:
         names = TopicCollection([tasks_topic(self._queue)])

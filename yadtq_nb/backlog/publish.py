@@ -1,8 +1,9 @@
 """Producing: chunks round robin over the partitions, jobs to the compacted topic, events to the flight recorder.
 
-A record that was handed over is held here until the broker has acknowledged it. When the producer cannot go on (the
-topic was made again, an in-memory broker was restarted), a new one sends what is not acknowledged once more: a chunk is
-known by its id, so that one that arrives twice runs once.
+A record that was handed over is held here until the broker has acknowledged it; on a broker that keeps it in memory
+only, until it has been fed to the workbench. When the producer cannot go on (the topic was made again, the broker in
+memory was restarted), a new one sends what is held once more: a chunk is known by its id, so that one that arrives
+twice runs once.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Protocol
 
 import msgspec
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
@@ -29,7 +30,7 @@ from yadtq_nb.backlog.connection import (
     translate_kafka_errors,
 )
 from yadtq_nb.config import Config
-from yadtq_nb.errors import BacklogError
+from yadtq_nb.errors import BacklogError, YadtqError
 
 log = logging.getLogger(__name__)
 
@@ -42,14 +43,28 @@ MAX_RECORD: Final = 900_000
 GIVE_UP: Final = 120.0
 #: Seconds between tries to make a new producer while the broker is away.
 _PAUSE: Final = 0.2
+#: Seconds between looks at what has been fed.
+_LOOK: Final = 0.1
 
 _encode = msgspec.json.Encoder().encode
 
 
-class _Letter:
-    """A record that was handed over, until it is acknowledged or given up."""
+class Fed(Protocol):
+    """How far one partition has been fed to the workbench."""
 
-    __slots__ = ("acknowledged", "deadline", "key", "to_jobs", "value")
+    @property
+    def topic_id(self) -> str:
+        """The topic's life that is meant."""
+
+    @property
+    def offset(self) -> int:
+        """What lies before it has been fed."""
+
+
+class _Letter:
+    """A record that was handed over, until it is safe or given up."""
+
+    __slots__ = ("acknowledged", "deadline", "key", "place", "to_jobs", "value")
 
     def __init__(self, value: bytes, key: bytes | None, acknowledged: Acknowledged | None) -> None:
         self.value = value
@@ -57,13 +72,18 @@ class _Letter:
         self.to_jobs = key is not None
         self.acknowledged = acknowledged
         self.deadline = time.monotonic() + GIVE_UP
+        #: Topic id, partition and offset, once the broker has it.
+        self.place = ("", -1, -1)
 
 
 class Publisher:
     """A producer of one queue, with a thread that hears the acknowledgements."""
 
-    def __init__(self, config: Config, queue: str) -> None:
+    def __init__(self, config: Config, queue: str, *, fed: Callable[[], Mapping[int, Fed]] | None = None) -> None:
         """Connect, and make the queue's topics if they are missing.
+
+        Args:
+            fed: tells how far each partition has been fed; given where the broker keeps records in memory only.
 
         Raises:
             BacklogError: Kafka cannot be reached or refuses.
@@ -74,6 +94,10 @@ class Publisher:
         self._empty = threading.Condition(self._lock)
         #: What the broker has not acknowledged yet, in the order of sending.
         self._letters: dict[int, _Letter] = {}
+        #: What it has acknowledged, but would forget with its memory.
+        self._unsafe: list[_Letter] = []
+        self._fed = fed
+        self._fed_seen_at = 0.0
         self._broken = threading.Event()
         self._closing = threading.Event()
         self._topics = Topics(config, queue)
@@ -108,6 +132,11 @@ class Publisher:
         """Wait until the broker has everything. False when it has not within timeout seconds."""
         with self._empty:
             return self._empty.wait_for(lambda: not self._letters, timeout)
+
+    def settle(self, timeout: float) -> bool:
+        """Wait until everything is safe: acknowledged, and fed where the broker keeps it in memory only."""
+        with self._empty:
+            return self._empty.wait_for(lambda: not self._letters and not self._unsafe, timeout)
 
     def close(self, timeout: float = TIMEOUT) -> bool:
         """Flush and stop. False when some records were not taken."""
@@ -167,6 +196,9 @@ class Publisher:
         with self._empty:
             if self._letters.pop(id(letter), None) is None:
                 return
+            if error is None and self._fed is not None and not letter.to_jobs:
+                letter.place = (self._topic.id, partition, offset)
+                self._unsafe.append(letter)
             if not self._letters:
                 self._empty.notify_all()
         if letter.acknowledged is not None:
@@ -196,7 +228,7 @@ class Publisher:
                         "queue.buffering.max.kbytes": 256 * 1024,
                         "message.timeout.ms": int(GIVE_UP * 1000),
                         # A topic that is gone is told soon, and made again here.
-                        "topic.metadata.propagation.max.ms": 1_000,
+                        "topic.metadata.propagation.max.ms": 100 if self._config.reading == "wake" else 1_000,
                     },
                 )
             )
@@ -209,8 +241,34 @@ class Publisher:
                 self._producer.poll(0.2)
             except KafkaException:
                 self._broken.set()
+            if self._unsafe and time.monotonic() - self._fed_seen_at > _LOOK:
+                self._look_what_is_fed()
             if self._broken.is_set():
                 self._renew()
+
+    def _look_what_is_fed(self) -> None:
+        """Let go of what has reached the workbench, and send again what the broker has forgotten before that."""
+        assert self._fed is not None  # or nothing would be unsafe
+        self._fed_seen_at, seen = time.monotonic(), len(self._unsafe)
+        try:
+            fed = self._fed()
+        except YadtqError as exc:
+            log.warning("cannot see what is fed: %s", exc)
+            return
+        held = [letter for letter in self._unsafe[:seen] if not _is_fed(letter, fed)]
+        doubtful = [letter for letter in held if _is_of_another_life(letter, fed)]
+        forgotten = []
+        if doubtful:
+            # Either side may be behind: the broker tells which life of the topic it is.
+            present = self._topics.ensure().id
+            forgotten = [letter for letter in doubtful if letter.place[0] != present]
+        with self._empty:
+            # What was acknowledged meanwhile has come behind those that were looked at.
+            self._unsafe = [*(letter for letter in held if letter not in forgotten), *self._unsafe[seen:]]
+            self._letters.update({id(letter): letter for letter in forgotten})
+            self._empty.notify_all()
+        if forgotten:
+            self._broken.set()
 
     def _renew(self) -> None:
         """Put a new producer in the place of one that cannot go on, and send again what was not acknowledged."""
@@ -240,3 +298,15 @@ class Publisher:
             late = [letter for letter in self._letters.values() if letter.deadline < now]
         for letter in late:
             self._settle(letter, BacklogError(f"Kafka at {self._config.kafka} was away for {GIVE_UP:.0f} s"))
+
+
+def _is_fed(letter: _Letter, fed: Mapping[int, Fed]) -> bool:
+    topic_id, partition, offset = letter.place
+    cursor = fed.get(partition)
+    return cursor is not None and cursor.topic_id == topic_id and cursor.offset > offset
+
+
+def _is_of_another_life(letter: _Letter, fed: Mapping[int, Fed]) -> bool:
+    topic_id, partition, _ = letter.place
+    cursor = fed.get(partition)
+    return cursor is not None and cursor.topic_id != topic_id

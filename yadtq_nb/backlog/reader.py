@@ -12,8 +12,10 @@ from yadtq_nb.backlog.connection import TIMEOUT, Topic, jobs_topic, settings, tr
 from yadtq_nb.config import Config
 from yadtq_nb.errors import BacklogError
 
-#: Milliseconds that a fetch may wait at a broker that does not wake it.
-_FETCH_WAIT_TANSU: Final = 1
+#: Milliseconds that a fetch may wait at a broker that does not wake it, by the number of records that lie before it:
+#: it looks through them all, and gives up with nothing when that takes longer.
+_FETCH_WAITS: Final = ((500, 1), (3_000, 5), (10_000, 20), (50_000, 100))
+_LONGEST_WAIT: Final = 500
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -39,13 +41,20 @@ class Reader:
         self._config = config
         self._topic = topic
         self._queue = queue
-        more = {"fetch.wait.max.ms": _FETCH_WAIT_TANSU} if config.reading == "wake" else {}
+        self._wait = 0
+        self._open(0)
+
+    def _open(self, behind: int) -> None:
+        """Open a consumer whose fetches suit a partition with so many records behind."""
+        config = self._config
+        self._wait = next((wait for records, wait in _FETCH_WAITS if behind < records), _LONGEST_WAIT)
+        more = {"fetch.wait.max.ms": self._wait} if config.reading == "wake" else {}
         with translate_kafka_errors(config):
             self._consumer = Consumer(
                 settings(
                     config,
                     **{
-                        "group.id": f"yadtq.{queue}",
+                        "group.id": self._group(),
                         "enable.auto.commit": False,
                         "enable.auto.offset.store": False,
                         # A silent jump to either end would skip or repeat chunks: an error is handled.
@@ -56,13 +65,27 @@ class Reader:
                 )
             )
 
+    def _group(self) -> str:
+        """Return whose commits these are: a broker that keeps no metadata must not take an earlier topic's for ours."""
+        group = f"yadtq.{self._queue}"
+        return f"{group}.{self._topic.id}" if self._config.reading == "wake" else group
+
     def assign(self, offsets: Mapping[int, int]) -> None:
         """Read these partitions from these offsets, and no others."""
+        if offsets and self._config.reading == "wake" and not self.suits(max(offsets.values())):
+            self._consumer.close()
+            self._open(max(offsets.values()))
         with translate_kafka_errors(self._config):
             if offsets:
                 self._consumer.assign([TopicPartition(self._topic.name, p, o) for p, o in offsets.items()])
             else:
                 self._consumer.unassign()
+
+    def suits(self, behind: int) -> bool:
+        """Tell whether fetches still find what comes after so many records."""
+        if self._config.reading != "wake":
+            return True
+        return self._wait == next((wait for records, wait in _FETCH_WAITS if behind < records), _LONGEST_WAIT)
 
     def poll(self, timeout: float, most: int) -> list[Record]:
         """Wait for a record, and return it with what else is there.
@@ -107,8 +130,7 @@ class Reader:
             (found,) = self._consumer.committed([TopicPartition(self._topic.name, partition)], timeout=TIMEOUT)
         if found.offset < 0:
             return None
-        # A broker that keeps no metadata forgets the offsets with the topic.
-        ours = found.metadata == self._topic.id or (not found.metadata and self._config.reading == "wake")
+        ours = found.metadata == self._topic.id or self._config.reading == "wake"
         return int(found.offset) if ours else None
 
     def commit(self, offsets: Mapping[int, int]) -> None:

@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -23,6 +23,9 @@ from yadtq_nb.config import Config
 from yadtq_nb.errors import BacklogError, JobError, JobExistsError
 from yadtq_nb.model import CallStyle, Environment, new_id
 from yadtq_nb.workbench.jobs import JobStore
+
+#: Seconds that exit waits for what is sent to be safe; with no worker to feed it, it may never be.
+_SAFE: Final = 10.0
 
 
 class Link:
@@ -40,7 +43,7 @@ class Link:
         self.store = JobStore(config, queue)
         self.store.check_secret()
         self.inbox = Inbox(config, queue)
-        self._publisher = Publisher(config, queue)
+        self._publisher = Publisher(config, queue, fed=self.store.cursors if config.reading == "wake" else None)
         self.mailer = Mailer(config, self.store, self._publisher)
         self._senders: list[Sender] = []
         self._pid = os.getpid()
@@ -165,7 +168,7 @@ class Link:
                 sender.finished.wait(max(0.0, deadline - time.monotonic()))
             elif ending:
                 sender.abandon()
-        self._publisher.flush(max(0.1, deadline - time.monotonic()))
+        self._publisher.settle(min(_SAFE, max(0.1, deadline - time.monotonic())))
 
     def close(self) -> None:
         """Send what is being sent, and close."""

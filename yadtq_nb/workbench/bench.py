@@ -66,8 +66,8 @@ class Share(msgspec.Struct, frozen=True):
 
     partition: int
     cursor: Cursor | None
-    #: Offset before which everything is finished.
-    low: int | None
+    #: Before it everything is finished.
+    low: Cursor | None
 
 
 class Heard(msgspec.Struct, frozen=True):
@@ -230,7 +230,7 @@ class Workbench:
             "1" if polls else "0",
             _pack(named),
         )
-        shares = [Share(int(p), Cursor.parse(cursor), int(low) if low else None) for p, cursor, low in marks]
+        shares = [Share(int(p), Cursor.parse(cursor), Cursor.parse(low)) for p, cursor, low in marks]
         return Heard([id.decode() for id in lost], shares, int(ready))
 
     def reap(self, dead: str = "") -> list[tuple[str, str]]:
@@ -253,6 +253,11 @@ class Workbench:
         """Return where the queue is in a partition, or None while that is not set."""
         with self._redis.use() as client:
             return Cursor.parse(client.hget(self._redis.key("cursor"), partition) or b"")
+
+    def open_chunks(self) -> int:
+        """Return how many chunks are in hand: ready, leased or waiting for their next try."""
+        with self._redis.use() as client:
+            return int(client.hlen(self._redis.key("open")))
 
     def run_id(self) -> str:
         """Name of the server's present life."""

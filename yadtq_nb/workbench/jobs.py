@@ -11,6 +11,7 @@ from yadtq_nb import codec
 from yadtq_nb.config import Config
 from yadtq_nb.errors import SignatureError
 from yadtq_nb.model import CallStyle, Manifest, Seal, WorkerInfo, WorkerView
+from yadtq_nb.workbench.bench import Cursor
 from yadtq_nb.workbench.connection import Connection
 
 #: Fields or keys fetched in one round trip.
@@ -160,6 +161,13 @@ class JobStore:
         with self._redis.use() as client:
             data: bytes | None = client.get(self._redis.key("blob", name))
             return data
+
+    def cursors(self) -> dict[int, Cursor]:
+        """Return how far each partition has been fed."""
+        with self._redis.use() as client:
+            found = client.hgetall(self._redis.key("cursor"))
+        parsed = {int(partition): Cursor.parse(cursor) for partition, cursor in found.items()}
+        return {partition: cursor for partition, cursor in parsed.items() if cursor is not None}
 
     def ring(self) -> None:
         """Wake feeders that do not wait at Kafka."""

@@ -35,6 +35,10 @@ _LOOK_WAKE: Final = 1.0
 _LOOK_POLL: Final = 10.0
 #: Seconds for which a replay of the jobs topic holds.
 _RESTORED: Final = 1.0
+#: Records of a partition past which a broker in memory is relieved of them.
+_LONG: Final = 500
+#: Seconds without a record that are enough to do so, also between the tasks of someone who sends one after another.
+_GAP: Final = 0.001
 #: Seconds to wait before the next try when a server is away, or the workbench is full.
 _PAUSE: Final = 0.1
 
@@ -71,6 +75,7 @@ class Feeder:
         self._queue = queue
         self._reader = Reader(config, queue, topic)
         self._restored_at = float("-inf")
+        self._long_seen_at = float("-inf")
         self._topics = Topics(config, queue)
         self._topic_seen_at = time.monotonic()
         self._restore = restore
@@ -87,7 +92,7 @@ class Feeder:
         self._closing = False
         self._lock = threading.Lock()
         self._shares: list[Share] | None = None
-        self._marks: dict[int, int] = {}
+        self._marks: dict[int, Cursor] = {}
         self._alive_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name=f"yadtq-feeder-{queue}", daemon=True)
 
@@ -99,7 +104,7 @@ class Feeder:
         """Wake the feeder: there may be something to read. From any thread."""
         self._rung.set()
 
-    def share(self, shares: list[Share], marks: dict[int, int]) -> None:
+    def share(self, shares: list[Share], marks: dict[int, Cursor]) -> None:
         """Hand over what a heartbeat brought: the partitions to read, and the marks to commit. From any thread."""
         with self._lock:
             self._shares = shares
@@ -161,11 +166,15 @@ class Feeder:
         self._topic_seen_at = now
         if topic.id != self._topic.id:
             log.warning("topic %s has been made again", topic.name)
-            self._topic = topic
             self._reader.close()
-            self._reader = Reader(self._config, self._queue, topic)
-            self._held, self._assigned = [], False
-            self._positions = {p: self._find(p, self._bench.cursor(p)) for p in self._positions}
+            self._turn_to(topic)
+
+    def _turn_to(self, topic: Topic) -> None:
+        """Read another life of the topic, from its cursors, once the old reader is closed."""
+        self._topic = topic
+        self._reader = Reader(self._config, self._queue, topic)
+        self._held, self._assigned = [], False
+        self._positions = {p: self._find(p, self._bench.cursor(p)) for p in self._positions}
 
     # Which partitions, and from where.
 
@@ -176,7 +185,9 @@ class Feeder:
         if shares is not None:
             self._follow(shares)
         if marks:
-            self._reader.commit({p: offset for p, offset in marks.items() if p in self._positions})
+            # A mark of an earlier life of the topic would pass records of this one.
+            ours = {p: mark.offset for p, mark in marks.items() if mark.topic_id == self._topic.id}
+            self._reader.commit({p: offset for p, offset in ours.items() if p in self._positions})
 
     def _follow(self, shares: list[Share]) -> None:
         """Read what was given, and compare with the cursors: Redis may have come back a second older."""
@@ -233,10 +244,38 @@ class Feeder:
         if not self._assigned:
             self._reader.assign(self._positions)
             self._assigned = True
-        records = self._reader.poll(0.5 if self._config.reading == "poll" else 0.1, _MOST)
+        long = self._is_long()
+        records = self._reader.poll(_GAP if long else 0.5 if self._config.reading == "poll" else 0.1, _MOST)
+        if not self._reader.suits(max(self._positions.values())):
+            self._assigned = False
         if records:
             self._held = [record for record in records if record.partition in self._positions]
             self._last_record = time.monotonic()
+        elif long:
+            self._start_topic_again()
+
+    def _is_long(self) -> bool:
+        """Tell whether a broker in memory holds much that nobody will ask for again."""
+        if self._config.reading != "wake" or max(self._positions.values()) < _LONG:
+            return False
+        now, alone = time.monotonic(), len(self._positions) == self._topic.partitions
+        due = alone and now - self._long_seen_at > _PAUSE
+        self._long_seen_at = now if due else self._long_seen_at
+        return due
+
+    def _start_topic_again(self) -> None:
+        """Have the memory back, and fetches quick again, when everything that was fed is finished.
+
+        What a client sends in this very moment is forgotten; it holds it until it is fed, and sends it again.
+        """
+        if self._bench.open_chunks() or self._topics.ends(self._topic) != self._positions:
+            return
+        # Closed first: librdkafka 2.16 crashes in a consumer whose topic is deleted while it is assigned.
+        self._reader.close()
+        try:
+            self._topics.delete()
+        finally:
+            self._turn_to(self._topics.ensure())
 
     # Feeding.
 

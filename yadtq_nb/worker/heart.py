@@ -15,7 +15,7 @@ from typing import Final
 from yadtq_nb.config import Config
 from yadtq_nb.errors import WorkbenchError
 from yadtq_nb.model import Lease, WorkerInfo
-from yadtq_nb.workbench.bench import Heard, Share, Workbench
+from yadtq_nb.workbench.bench import Cursor, Heard, Share, Workbench
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Heart:
         info: Callable[[], WorkerInfo],
         leases: Callable[[], list[tuple[Lease, int]]],
         polls: Callable[[], bool],
-        heard: Callable[[Heard, dict[int, int]], None],
+        heard: Callable[[Heard, dict[int, Cursor]], None],
         reaped: Callable[[list[tuple[str, str]]], None],
     ) -> None:
         """Take the parts that are passed in.
@@ -58,8 +58,8 @@ class Heart:
         self._heard = heard
         self._reaped = reaped
         self._run_id = ""
-        self._marks: collections.deque[tuple[float, dict[int, int]]] = collections.deque()
-        self._committed: dict[int, int] = {}
+        self._marks: collections.deque[tuple[float, dict[int, Cursor]]] = collections.deque()
+        self._committed: dict[int, Cursor] = {}
         self._renew_at = 0.0
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="yadtq-heart", daemon=True)
@@ -118,7 +118,7 @@ class Heart:
 
         return next_turn
 
-    def _due(self, shares: list[Share]) -> dict[int, int]:
+    def _due(self, shares: list[Share]) -> dict[int, Cursor]:
         """Return the marks that Redis has on disk by now, to be committed.
 
         A mark of before a restart of Redis says nothing: what it calls finished may be forgotten.
@@ -128,7 +128,7 @@ class Heart:
             self._run_id = run_id
             self._marks.clear()
         self._marks.append((now, {share.partition: share.low for share in shares if share.low is not None}))
-        settled: dict[int, int] = {}
+        settled: dict[int, Cursor] = {}
         while self._marks and now - self._marks[0][0] >= _SETTLED:
             settled = self._marks.popleft()[1]
         if now >= self._renew_at:

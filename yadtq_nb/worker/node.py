@@ -37,7 +37,7 @@ from yadtq_nb.config import Config
 from yadtq_nb.errors import CodecError, TaskError, WorkbenchError
 from yadtq_nb.model import Lease, WorkerInfo
 from yadtq_nb.slots.pool import Died, Outcomes, SlotPool
-from yadtq_nb.workbench.bench import Heard, NotLiveError, Workbench
+from yadtq_nb.workbench.bench import Cursor, Heard, NotLiveError, Workbench
 from yadtq_nb.workbench.jobs import JobStore
 from yadtq_nb.worker import crash
 from yadtq_nb.worker.blobs import BlobFiles
@@ -353,7 +353,7 @@ class Node:
         with self._leases_lock:
             return [(lease, running[id][1] if id in running else -1) for id, lease in self._leases.items()]
 
-    def _hear(self, heard: Heard, marks: dict[int, int]) -> None:
+    def _hear(self, heard: Heard, marks: dict[int, Cursor]) -> None:
         self._feeder.share(heard.shares, marks)
         self._stop_lost(heard.lost)
         if heard.ready and not self._may_take:

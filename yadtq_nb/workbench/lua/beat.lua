@@ -62,7 +62,7 @@ for i, p in ipairs(owned) do
   local low = ''
   local topic, offset = cursor:match('^(.*):(%d+)$')
   if topic then
-    low = redis.call('ZRANGE', key('position:' .. topic .. ':' .. p), 0, 0)[1] or offset
+    low = topic .. ':' .. (redis.call('ZRANGE', key('position:' .. topic .. ':' .. p), 0, 0)[1] or offset)
   end
   marks[i] = {p, cursor, low}
 end
