@@ -50,7 +50,8 @@ def execute(notebook: nbformat.NotebookNode) -> None:
     quiet = ["--log-level=ERROR"]
     resources = {"metadata": {"path": str(HERE)}}
     client = NotebookClient(notebook, km=manager, timeout=PATIENCE, resources=resources, extra_arguments=quiet)
-    client.execute()
+    client.execute(cleanup_kc=True)
+    manager.cleanup_resources()
 
 
 def text_of(notebook: nbformat.NotebookNode, tag: str) -> str:

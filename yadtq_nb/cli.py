@@ -124,13 +124,18 @@ def worker(
 
 @app.command(rich_help_panel="Queue")
 def jobs(
-    queue: QueueName = "default", kafka: Kafka = None, redis: Redis = None, secret_file: SecretFile = None
+    queue: QueueName = "default",
+    kafka: Kafka = None,
+    redis: Redis = None,
+    secret_file: SecretFile = None,
+    limit: Annotated[int, typer.Option(help="How many, newest first.")] = 20,
 ) -> None:
     """List the jobs of a queue."""
     from yadtq_nb import Queue
 
     with Queue(queue, kafka=kafka, redis=redis, secret=_secret(secret_file)) as opened:
-        _print_frame(opened.jobs().reset_index().to_string(index=False), empty="No jobs.")
+        table = opened.jobs().reset_index()[["job", "state", "total", "succeeded", "failed", "created", "id"]]
+        _print_frame(table.head(limit).to_string(index=False), empty="No jobs.")
 
 
 @app.command(rich_help_panel="Queue")
@@ -141,7 +146,8 @@ def workers(
     from yadtq_nb import Queue
 
     with Queue(queue, kafka=kafka, redis=redis, secret=_secret(secret_file)) as opened:
-        _print_frame(opened.workers().reset_index().to_string(index=False), empty="No workers.")
+        columns = ["worker", "status", "slots", "busy", "done", "heartbeat_age", "host", "pid"]
+        _print_frame(opened.workers().reset_index()[columns].to_string(index=False), empty="No workers.")
 
 
 def shown(url: str) -> str:

@@ -14,10 +14,13 @@ from typing import Final
 from yadtq_nb.client.board import Board
 from yadtq_nb.config import Config
 from yadtq_nb.errors import CodecError, JobError, JobIncompleteError, JobNotFoundError, WorkbenchError
+from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobRecord, JobStore, News, Stored
 
 log = logging.getLogger(__name__)
 
+#: Seconds for which a call of the user's waits for Redis.
+PATIENCE: Final = 5.0
 #: Seconds of silence after which boards are compared with the workbench.
 _SILENCE: Final = 5.0
 #: Seconds between the signs of life of a client that is sending.
@@ -71,7 +74,7 @@ class Inbox:
             WorkbenchError: Redis cannot be reached.
         """
         board.wanted = True
-        self.fetch(board)
+        patiently(lambda: self.fetch(board), PATIENCE)
 
     def sending(self, job: str) -> None:
         """Tell the queue now and then that this process still sends a job."""

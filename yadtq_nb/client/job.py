@@ -6,11 +6,10 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, overload
 
 from yadtq_nb import codec
-from yadtq_nb.client.board import Board, Failure, revive
+from yadtq_nb.client.board import Board, Failure, Outcomes, revive
 from yadtq_nb.client.future import TaskFuture
 from yadtq_nb.client.inbox import Inbox, is_incomplete
 from yadtq_nb.errors import JobIncompleteError, JobTimeoutError, YadtqError
@@ -69,6 +68,7 @@ class Job(Sequence[Future[Any]]):
         self._created = created
         self._parameters = parameters
         self._live: LiveCard | None = None
+        self._errors: list[str] = []
 
     # A sequence of futures.
 
@@ -234,12 +234,12 @@ class Job(Sequence[Future[Any]]):
         return self._board.state(index) or State.QUEUED
 
     def worker_views(self) -> list[WorkerView]:
-        """Return the nodes that serve the queue, and those that were lost lately."""
-        return [
-            view
-            for view in self._link.store.workers()
-            if view.status != "stopped" and (view.status != "lost" or view.heartbeat_age < _SHOW_LOST)
-        ]
+        """Return the nodes that serve the queue, and those that were lost while this job was there, if not long ago."""
+        views = [view for view in self._link.store.workers() if view.status != "stopped"]
+        return [view for view in views if view.status != "lost" or self._was_hit_by(view)]
+
+    def _was_hit_by(self, lost: WorkerView) -> bool:
+        return lost.heartbeat_age < _SHOW_LOST and lost.last_heartbeat > self._created
 
     def _record(self) -> JobRecord | None:
         return self._link.store.record(self.id)
@@ -326,9 +326,16 @@ class Job(Sequence[Future[Any]]):
         return static_bundle(snapshot(self))
 
     def error_lines(self, limit: int) -> list[str]:
-        """Return a line for each of the first errors that have come to this process."""
-        infos = (info for outcomes in self._board.segments() for info in outcomes.segment.errors.values())
-        return [f"{info.type_name.rpartition('.')[2]}: {info.message}" for info in islice(infos, limit)]
+        """Return a line for each of the first failures; asks the queue for them once, when there are any."""
+        if not self._errors:
+            record = self._record()
+            if record is not None and record.failed:
+                opened = [
+                    Outcomes(self._link.key, self.id, stored) for stored in self._link.store.first_failures(self.id)
+                ]
+                infos = [info for outcomes in opened for info in outcomes.segment.errors.values()]
+                self._errors = [f"{info.type_name.rpartition('.')[2]}: {info.message}" for info in infos[:10]]
+        return self._errors[:limit]
 
 
 class Completed:

@@ -16,12 +16,13 @@ import msgspec
 from yadtq_nb import codec, pending
 from yadtq_nb.backlog.publish import Publisher
 from yadtq_nb.client.board import Board
-from yadtq_nb.client.inbox import Inbox
+from yadtq_nb.client.inbox import PATIENCE, Inbox
 from yadtq_nb.client.job import Job
 from yadtq_nb.client.sender import Mailer, Packet, Sender
 from yadtq_nb.config import Config
 from yadtq_nb.errors import BacklogError, JobError, JobExistsError
-from yadtq_nb.model import CallStyle, Environment, new_id
+from yadtq_nb.model import CallStyle, Environment, Seal, new_id
+from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobStore
 
 #: Seconds that exit waits for what is sent to be safe; with no worker to feed it, it may never be.
@@ -41,7 +42,7 @@ class Link:
         self.queue = queue
         self.key = config.key
         self.store = JobStore(config, queue)
-        self.store.check_secret()
+        patiently(self.store.check_secret, PATIENCE)
         self.inbox = Inbox(config, queue)
         self._publisher = Publisher(config, queue, fed=self.store.cursors if config.reading == "wake" else None)
         self.mailer = Mailer(config, self.store, self._publisher)
@@ -87,7 +88,7 @@ class Link:
             WorkbenchError: Redis cannot be reached.
         """
         client = f"{socket.gethostname()}:{os.getpid()}"
-        holder = self.store.create(packet.manifest(total, client))
+        holder = patiently(lambda: self.store.create(packet.manifest(total, client)), PATIENCE)
         if holder != packet.job and packet.named:
             raise JobExistsError(
                 f"queue {self.queue!r} has a job {packet.name!r} already (id {holder}): get it with "
@@ -108,8 +109,14 @@ class Link:
         chunksize: int | None,
         slots: Callable[[], int],
     ) -> Job:
-        """Start sending a job, and return it."""
+        """Start sending a job, and return it; one without items has ended by then."""
         board, job = self._new_job(packet, total)
+        if total == 0:
+            seal = Seal(packet.job, 0)
+            self.mailer.send_entry(seal)
+            patiently(lambda: self.store.seal(seal), PATIENCE)
+            board.end()
+            return job
         sender = Sender(
             packet,
             items,

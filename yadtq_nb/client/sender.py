@@ -22,8 +22,9 @@ from yadtq_nb.client.board import Board
 from yadtq_nb.client.drawer import Drawer
 from yadtq_nb.client.inbox import Inbox
 from yadtq_nb.config import Config
-from yadtq_nb.errors import BacklogError, JobIncompleteError, WorkbenchError, WorkbenchFullError, YadtqError
+from yadtq_nb.errors import BacklogError, JobIncompleteError, WorkbenchError, YadtqError
 from yadtq_nb.model import BrokenItem, CallStyle, ChunkHead, Environment, Manifest, Seal
+from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobStore
 
 log = logging.getLogger(__name__)
@@ -32,9 +33,8 @@ log = logging.getLogger(__name__)
 _INLINE_FUNCTION: Final = 16 * 1024
 #: Seconds after which feeders are rung for again: less than they stay awake.
 _RING_AGAIN: Final = 0.4
-#: Seconds for which sending waits for Redis, and between tries.
+#: Seconds for which sending waits for Redis.
 _PATIENCE: Final = 60.0
-_PAUSE: Final = 0.2
 #: Seconds to wait for the broker to take everything.
 _FLUSH: Final = 120.0
 
@@ -148,7 +148,7 @@ class Mailer:
         head = packet.head(number, first, len(items), total=total, by_reference=by_reference)
         if by_reference:
             sealed = codec.seal(self._config.key, codec.ARGUMENTS, *arguments)
-            patiently(lambda: self._store.put_blob(f"{packet.job}-{number}", sealed))
+            patiently(lambda: self._store.put_blob(f"{packet.job}-{number}", sealed), _PATIENCE)
             arguments = []
         function = b"" if packet.by_blob else packet.function
         self._publisher.send_chunk(codec.encode_chunk(self._config.key, head, function, arguments), acknowledged)
@@ -326,30 +326,9 @@ class Sender:
         ends = {f"{self._mailer.topic_id}/{partition}": end for partition, end in self._ends.items()}
         seal = Seal(self._packet.job, self._sent, ends)
         self._mailer.send_entry(seal)
-        patiently(lambda: self._store.seal(seal))
-        patiently(lambda: self._store.stop_sending(self._packet.job))
+        patiently(lambda: self._store.seal(seal), _PATIENCE)
+        patiently(lambda: self._store.stop_sending(self._packet.job), _PATIENCE)
         self._mailer.flush()
-
-
-def patiently(call: Callable[[], object]) -> None:
-    """Do what may be done twice, and wait while Redis is away.
-
-    Raises:
-        WorkbenchFullError: it is full.
-        WorkbenchError: it was away for too long.
-    """
-    deadline = time.monotonic() + _PATIENCE
-    while True:
-        try:
-            call()
-            return
-        except WorkbenchFullError:
-            raise
-        except WorkbenchError as exc:
-            if time.monotonic() > deadline:
-                raise
-            log.warning("sending waits: %s", exc)
-            time.sleep(_PAUSE)
 
 
 def _pickle_items(items: Sequence[Any], first: int) -> list[codec.Buffer]:

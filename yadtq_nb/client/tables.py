@@ -13,11 +13,9 @@ from yadtq_nb.workbench.jobs import JobRecord
 
 
 def jobs(records: Sequence[JobRecord]) -> pd.DataFrame:
-    """Return one row a job, indexed by name: counts of tasks, bytes kept, times in UTC."""
+    """Return one row a job, indexed by name: counts of tasks, bytes kept, times in UTC, to the second."""
     return pd.DataFrame(
         {
-            "id": [r.id for r in records],
-            "function": [r.function_name for r in records],
             "state": [str(job_state(r)) for r in records],
             "total": pd.array([r.total if r.total >= 0 else None for r in records], dtype="Int64"),
             "queued": [max(0, max(r.total, r.fed) - r.done - r.running) for r in records],
@@ -27,6 +25,8 @@ def jobs(records: Sequence[JobRecord]) -> pd.DataFrame:
             "cancelled": [r.cancelled for r in records],
             "created": _times([r.created for r in records]),
             "ended": _times([r.ended for r in records]),
+            "function": [r.function_name for r in records],
+            "id": [r.id for r in records],
             "bytes": [r.bytes for r in records],
             "expires": _times([r.now + r.expires if r.expires >= 0 else None for r in records]),
         },
@@ -35,12 +35,10 @@ def jobs(records: Sequence[JobRecord]) -> pd.DataFrame:
 
 
 def workers(views: Sequence[WorkerView]) -> pd.DataFrame:
-    """Return one row a node, indexed by id: status, slots, heartbeat, load; times in UTC, ages in seconds."""
+    """Return one row a node, indexed by id: status, slots, load; times in UTC, to the second; ages in seconds."""
     infos = [view.info for view in views]
     return pd.DataFrame(
         {
-            "host": [i.host for i in infos],
-            "pid": [i.pid for i in infos],
             "status": [view.status for view in views],
             "slots": [i.slots for i in infos],
             "busy": [i.busy for i in infos],
@@ -50,6 +48,8 @@ def workers(views: Sequence[WorkerView]) -> pd.DataFrame:
             "started": _times([i.started for i in infos]),
             "cpu": [i.cpu for i in infos],
             "memory": [i.memory for i in infos],
+            "host": [i.host for i in infos],
+            "pid": [i.pid for i in infos],
             "python": [i.python for i in infos],
         },
         index=pd.Index([i.id for i in infos], name="worker", dtype=object),
@@ -64,4 +64,4 @@ def job_state(record: JobRecord) -> JobState:
 
 
 def _times(seconds: Sequence[float | None]) -> pd.DatetimeIndex:
-    return pd.to_datetime(np.array(seconds, dtype=np.float64), unit="s", utc=True)
+    return pd.to_datetime(np.array(seconds, dtype=np.float64).round(), unit="s", utc=True)

@@ -51,7 +51,7 @@ class JobLike(Protocol):
 
 @runtime_checkable
 class KnowsErrors(Protocol):
-    """A job that can tell its first errors without asking a server."""
+    """A job that can tell its first errors."""
 
     def error_lines(self, limit: int) -> list[str]:
         """One line for each of the first few errors, such as "ValueError: bad item"."""
@@ -112,12 +112,14 @@ def snapshot(job: JobLike) -> Snapshot:
     # counts of a moment before, for ever.
     state = job.state
     progress = job.progress
-    rows, more = _worker_rows(job.worker_views())
+    ended = has_ended(state, progress)
+    # Who is busy now is busy with something else.
+    rows, more = ([], None) if ended else _worker_rows(job.worker_views())
     return {
         "name": plain(job.name, _NAME_LENGTH),
         "id": plain(job.id, _NAME_LENGTH),
         "state": str(state),
-        "ended": has_ended(state, progress),
+        "ended": ended,
         "counts": _counts(progress),
         "rate": round(progress.rate, 3),
         "eta": None if progress.eta is None else round(progress.eta, 1),
@@ -187,7 +189,7 @@ def _worker_row(view: WorkerView) -> WorkerRow:
         "id": plain(view.info.id, _NAME_LENGTH),
         "host": plain(view.info.host, _NAME_LENGTH),
         "slots": view.info.slots,
-        "busy": view.info.busy,
+        "busy": 0 if view.status == "lost" else view.info.busy,
         "age": round(view.heartbeat_age, 1),
         "status": plain(view.status, _NAME_LENGTH),
     }

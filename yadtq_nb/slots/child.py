@@ -79,7 +79,9 @@ def tail(slot: Child) -> str:
             length = size(slot.log)
             start = slot.log_start if slot.log_start <= length else 0  # it may have been cut meanwhile
             file.seek(max(start, length - _LAST_BYTES))
-            return "\n".join(file.read().decode("utf-8", "replace").splitlines()[-_LAST_LINES:])
+            # What faulthandler adds of loaded extension modules says nothing of the task.
+            text = file.read().decode("utf-8", "replace").partition("\nExtension modules:")[0]
+            return "\n".join(text.splitlines()[-_LAST_LINES:])
     except OSError:
         return ""
 

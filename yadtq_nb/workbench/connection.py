@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.resources import files
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import redis
 from redis.backoff import NoBackoff
@@ -18,6 +20,12 @@ from yadtq_nb.errors import WorkbenchError, WorkbenchFullError
 
 VERBS: Final = ("feed", "take", "finish", "release", "mark", "beat", "reap", "init", "create", "seal")
 
+_T = TypeVar("_T")
+
+log = logging.getLogger(__name__)
+
+#: Seconds between tries while Redis is away, or reads its file after a start.
+_PAUSE: Final = 0.02
 #: Seconds that a call may take before the server counts as gone.
 _TIMEOUT: Final = 10.0
 
@@ -39,6 +47,26 @@ def translate_redis_errors() -> Iterator[None]:
         raise WorkbenchError(f"Redis cannot be reached: {exc}; check YADTQ_REDIS (or redis=) and the server") from exc
     except (redis.RedisError, ValueError) as exc:
         raise WorkbenchError(f"Redis cannot be used: {exc}") from exc
+
+
+def patiently(call: Callable[[], _T], seconds: float) -> _T:
+    """Return what a call returns that may be made twice; while Redis is away, try again for so many seconds.
+
+    Raises:
+        WorkbenchFullError: it is full: waiting does not help.
+        WorkbenchError: it was away for too long.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return call()
+        except WorkbenchFullError:
+            raise
+        except WorkbenchError as exc:
+            if time.monotonic() > deadline:
+                raise
+            log.warning("waiting: %s", exc)
+            time.sleep(_PAUSE)
 
 
 class Connection:

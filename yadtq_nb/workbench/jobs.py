@@ -221,6 +221,12 @@ class JobStore:
                 if frame is not None:
                     yield Stored(field, frame, mask or b"")
 
+    def first_failures(self, job: str) -> list[Stored]:
+        """Return the outcomes in which the first failures are."""
+        with self._redis.use() as client:
+            fields = _decoded(client.lrange(self._key(job, "failed"), 0, 2))
+        return list(self.outcomes(job, fields))
+
     def fields(self, job: str) -> list[str]:
         """Return the names of all outcomes that are there."""
         with self._redis.use() as client:

@@ -38,6 +38,7 @@ from yadtq_nb.errors import CodecError, TaskError, WorkbenchError
 from yadtq_nb.model import Lease, WorkerInfo
 from yadtq_nb.slots.pool import Died, Outcomes, SlotPool
 from yadtq_nb.workbench.bench import Cursor, Heard, NotLiveError, Workbench
+from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobStore
 from yadtq_nb.worker import crash
 from yadtq_nb.worker.blobs import BlobFiles
@@ -49,6 +50,8 @@ log = logging.getLogger(__name__)
 
 #: Seconds between tries while a server is away.
 _PAUSE: Final = 0.2
+#: Seconds that a node waits for Redis at its start: it may still be reading its file.
+_START: Final = 15.0
 #: Seconds that running tasks get when the node is asked to stop.
 GRACE: Final = 5.0
 
@@ -131,7 +134,7 @@ class Node:
     def _connect(self) -> None:
         config, queue = self._config, self.queue
         self._bench = Workbench(config, queue, self.id)
-        self._bench.check_server()
+        patiently(self._bench.check_server, _START)
         with contextlib.closing(JobStore(config, queue)) as store:
             store.check_secret()
         self._publisher = Publisher(config, queue)

@@ -87,7 +87,7 @@ local function end_if_complete(job, now, keep)
     return false
   end
   redis.call('HSET', name, 'ended', string.format('%.6f', now))
-  for _, part in ipairs({'in', 'out', 'finished'}) do
+  for _, part in ipairs({'in', 'out', 'finished', 'failed'}) do
     redis.call('EXPIRE', job_key(job, part), keep)
   end
   redis.call('EXPIRE', name, keep)
