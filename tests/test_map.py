@@ -118,7 +118,6 @@ def test_work_sent_before_any_worker_is_there_waits_for_one(make_cluster: MakeCl
         (np.arange(3), [0, 1, 2]),
         (pd.Series([1.5, 2.5], index=["x", "y"]), [1.5, 2.5]),
         (pd.DataFrame({"x": [1], "y": [2]}), ["x", "y"]),
-        ((c for c in "xy"), ["x", "y"]),
         ([None, (), (1, 2)], [None, (), (1, 2)]),
     ],
     ids=lambda value: type(value).__name__,
@@ -127,6 +126,10 @@ def test_anything_that_can_be_iterated_is_mapped_as_the_builtin_does(
     queue: Queue, iterable: Any, expected: list[Any]
 ) -> None:
     assert queue.map(lambda item: item, iterable).results(LIMIT) == expected
+
+
+def test_generator_is_mapped_as_the_builtin_does(queue: Queue) -> None:
+    assert queue.map(lambda item: item, (c for c in "xy")).results(LIMIT) == ["x", "y"]
 
 
 def test_rows_of_an_array_are_items(queue: Queue) -> None:
