@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 _INLINE_FUNCTION: Final = 16 * 1024
 #: Seconds after which feeders are rung for again: less than they stay awake.
 _RING_AGAIN: Final = 0.4
+#: Seconds for which a function or source tree that was put in place is taken to be there.
+_KEPT: Final = 60.0
 #: Seconds for which sending waits for Redis.
 _PATIENCE: Final = 60.0
 #: Seconds to wait for the broker to take everything.
@@ -103,7 +105,7 @@ class Mailer:
         self._config = config
         self._store = store
         self._publisher = publisher
-        self._kept: set[str] = set()
+        self._kept: dict[str, float] = {}
         self._rung_at = 0.0
 
     def keep_blob(self, kind: bytes, name: str, data: bytes) -> None:
@@ -112,12 +114,15 @@ class Mailer:
         Raises:
             WorkbenchError, BacklogError: a server cannot be reached.
         """
+        now = time.monotonic()
+        if now - self._kept.get(name, float("-inf")) < _KEPT:
+            return
         sealed = codec.seal(self._config.key, kind, data)
         if self._store.put_blob(name, sealed) or name not in self._kept:
             key, value = journal.encode(self._config.key, journal.Blob(name, sealed))
             if len(value) <= MAX_RECORD:
                 self._publisher.send_job(key, value)
-            self._kept.add(name)
+        self._kept[name] = now
 
     def send(
         self,
