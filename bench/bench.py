@@ -9,25 +9,32 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
+import pickle
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
+from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
 import joblib
+import msgspec
 import numpy as np
 import psutil
+import redis
+from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
-
-import floor  # noqa: E402  # beside this file
-
-from yadtq_nb import Config, LocalCluster, Queue  # noqa: E402  # sorted after it
+from yadtq_nb import Config, LocalCluster, Queue
 
 SLOTS = 2
+_PARTITIONS = 4
 #: Tasks that are not counted, first.
 _WARM = 30
 
@@ -44,7 +51,11 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=300, help="tasks sent one at a time")
     parser.add_argument("--items", type=int, default=100_000, help="items of a map")
     parser.add_argument("--runs", type=int, default=5, help="maps, of which the median counts")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.serve:
+        _serve_kafka()
+        return
     with _cluster(given.stack) as cluster, cluster.queue() as queue:
         found = measure(cluster, queue, given)
     print(_table(given.stack, found))
@@ -81,7 +92,7 @@ def measure(cluster: LocalCluster, queue: Queue, given: argparse.Namespace) -> d
 
 def _measure_floor(cluster: LocalCluster, given: argparse.Namespace, one: list[float], many: list[float]) -> None:
     # Its worker polls all the time it lives: it must not while something else is measured.
-    with floor.Floor(cluster.config) as ground:
+    with Floor(cluster.config) as ground:
         one += [_timed(lambda: ground.there_and_back(1, 1)) for _ in range(given.tasks // 2 + _WARM)][_WARM:]
         many += [given.items / _timed(lambda: ground.there_and_back(given.items, 2_000)) for _ in range(given.runs)]
 
@@ -146,14 +157,110 @@ def _cluster(stack: str) -> Iterator[LocalCluster]:
         with LocalCluster(SLOTS) as cluster:
             yield cluster
         return
+    # Started by another process: what is imported for it would travel with each task as local source.
+    with subprocess.Popen(
+        [sys.executable, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as server:
+        assert server.stdout is not None
+        config = msgspec.json.decode(server.stdout.readline(), type=Config)
+        settings = {"partitions": config.partitions}
+        with LocalCluster(SLOTS, kafka=config.kafka, redis=config.redis, settings=settings) as cluster:
+            yield cluster
+        server.communicate()
+
+
+def _serve_kafka() -> None:
+    """Run Apache Kafka and Valkey, as the tests do, until standard input ends."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     import stacks
 
     with tempfile.TemporaryDirectory() as directory, stacks.start("kafka", Path(directory)) as servers:
-        config: Config = servers.config
-        with LocalCluster(
-            SLOTS, kafka=config.kafka, redis=config.redis, settings={"partitions": config.partitions}
-        ) as cluster:
-            yield cluster
+        print(msgspec.json.encode(servers.config).decode(), flush=True)
+        sys.stdin.read()
+
+
+class Floor:
+    """The same hops with no task queue in them: a real queue can only be slower.
+
+    A client produces records, a worker process consumes them and writes an answer for each to a Redis stream, which the
+    client reads. No function travels, nothing is leased, signed or retried.
+    """
+
+    def __init__(self, config: Config) -> None:
+        name = f"floor-{uuid.uuid4().hex[:8]}"
+        admin = AdminClient({"bootstrap.servers": config.kafka})
+        for future in admin.create_topics([NewTopic(name, _PARTITIONS, 1)]).values():
+            future.result(20)
+        context = multiprocessing.get_context("spawn")
+        ready = context.Event()
+        self._worker = context.Process(target=_floor_worker, args=(config, name, ready))
+        self._worker.start()
+        ready.wait(30)
+        self._client = _FloorClient(config, name)
+
+    def __enter__(self) -> Floor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.send(b"stop")
+        self._worker.join(10)
+        self._client.close()
+
+    def there_and_back(self, items: int, chunk: int) -> None:
+        """Send items in chunks, and wait for all answers."""
+        self._client.there_and_back(items, chunk)
+
+
+class _FloorClient:
+    def __init__(self, config: Config, name: str) -> None:
+        self._redis: Any = redis.Redis.from_url(config.redis, protocol=2)
+        settings = {"linger.ms": 0, "enable.idempotence": True, "queue.buffering.max.messages": 2_000_000}
+        self._producer = Producer({"bootstrap.servers": config.kafka, **settings})
+        self._producer.list_topics(name, timeout=10)
+        self._name = name
+        self._last = "0"
+        self._sent = 0
+
+    def send(self, body: bytes) -> None:
+        self._producer.produce(self._name, body, partition=self._sent % _PARTITIONS)
+        self._producer.poll(0)
+        self._sent += 1
+
+    def there_and_back(self, items: int, chunk: int) -> None:
+        for first in range(0, items, chunk):
+            self.send(pickle.dumps(list(range(first, first + chunk))))
+        got = 0
+        while got < items:
+            for _, entries in self._redis.xread({self._name: self._last}, count=5000, block=5000) or []:
+                for self._last, fields in entries:  # the last one read is where reading goes on
+                    got += len(pickle.loads(fields[b"v"]))
+
+    def close(self) -> None:
+        self._producer.flush(10)
+        self._redis.delete(self._name)
+        self._redis.close()
+
+
+def _floor_worker(config: Config, name: str, ready: Event) -> None:
+    store: Any = redis.Redis.from_url(config.redis)
+    wait = {"fetch.wait.max.ms": 1} if config.reading == "wake" else {}
+    consumer = Consumer({"bootstrap.servers": config.kafka, "group.id": name, "enable.auto.commit": False, **wait})
+    consumer.assign([TopicPartition(name, partition, 0) for partition in range(_PARTITIONS)])
+    consumer.poll(1.0)
+    ready.set()
+    while True:
+        first = consumer.poll(0.5)
+        if first is None:
+            continue
+        pipe = store.pipeline(transaction=False)
+        for message in [first, *consumer.consume(999, 0)]:
+            body = message.value()
+            if body == b"stop":
+                pipe.execute()
+                consumer.close()
+                return
+            pipe.xadd(name, {"v": pickle.dumps([x + 1 for x in pickle.loads(body)])})
+        pipe.execute()
 
 
 if __name__ == "__main__":
