@@ -1,0 +1,68 @@
+"""What is committed to Kafka: what lies before it is finished, so that lag is an upper bound of the work left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from confluent_kafka import Consumer, TopicPartition
+
+from yadtq_nb import LocalCluster, Queue
+from yadtq_nb.backlog.connection import Topic, Topics
+
+
+def test_commit_waits_for_the_oldest_unfinished_chunk_and_then_reaches_the_end(
+    cluster: LocalCluster, tmp_path: Path
+) -> None:
+    gate = str(tmp_path / "gate")
+
+    def wait_for(path: str) -> None:
+        import os
+        import time
+
+        while not os.path.exists(path):
+            time.sleep(0.02)
+
+    with cluster.queue() as queue:
+        blocked = queue.submit(wait_for, gate)
+        queue.map(abs, range(40), chunksize=1).results(60)
+        topic = Topics(cluster.config, queue.name).ensure()
+        ends = {partition: cursor.offset for partition, cursor in queue._link().store.cursors().items()}
+        behind = wait_until(lambda: _lagging(cluster, queue, topic, ends), lambda lagging: len(lagging) == 1)
+        partition = behind[0]
+        oldest = _oldest_unfinished(queue, topic, partition)
+        assert (_committed(cluster, queue, topic)[partition] or 0) <= oldest
+        Path(gate).touch()
+        blocked.result(60)
+        wait_until(lambda: _lagging(cluster, queue, topic, ends), lambda lagging: not lagging)
+
+
+def wait_until(look: Callable[[], list[int]], good: Callable[[list[int]], bool]) -> list[int]:
+    deadline = time.monotonic() + 40
+    while not good(seen := look()):
+        assert time.monotonic() < deadline, seen
+        time.sleep(0.2)
+    return seen
+
+
+def _lagging(cluster: LocalCluster, queue: Queue, topic: Topic, ends: dict[int, int]) -> list[int]:
+    committed = _committed(cluster, queue, topic)
+    return [partition for partition, end in ends.items() if end and committed[partition] != end]
+
+
+def _committed(cluster: LocalCluster, queue: Queue, topic: Topic) -> dict[int, int | None]:
+    group = f"yadtq.{queue.name}" + (f".{topic.id}" if cluster.config.reading == "wake" else "")
+    consumer = Consumer({"bootstrap.servers": cluster.config.kafka, "group.id": group, "enable.auto.commit": False})
+    try:
+        found = consumer.committed([TopicPartition(topic.name, p) for p in range(topic.partitions)], timeout=10)
+    finally:
+        consumer.close()
+    return {place.partition: place.offset if place.offset >= 0 else None for place in found}
+
+
+def _oldest_unfinished(queue: Queue, topic: Topic, partition: int) -> int:
+    redis = queue._link().store._redis
+    with redis.use() as client:
+        (oldest,) = client.zrange(redis.key("position", topic.id, str(partition)), 0, 0)
+    return int(oldest)
