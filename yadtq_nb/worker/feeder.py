@@ -268,6 +268,7 @@ class Feeder:
 
         What a client sends in this very moment is forgotten; it holds it until it is fed, and sends it again.
         """
+        # Of a partition with batches of several records Tansu says a smaller end than it has: then the topic is kept.
         if self._bench.open_chunks() or self._topics.ends(self._topic) != self._positions:
             return
         # Closed first: librdkafka 2.16 crashes in a consumer whose topic is deleted while it is assigned.
