@@ -18,6 +18,7 @@ from conftest import MakeCluster, StartScript
 from yadtq_nb import (
     ConfigError,
     ItemPickleError,
+    JobError,
     JobExistsError,
     JobIncompleteError,
     JobState,
@@ -302,6 +303,29 @@ def test_infinite_iterator_is_drawn_only_a_bounded_way_ahead(make_cluster: MakeC
     assert progress.total is None
     assert progress.queued + progress.running <= 2 * 4 * 2 + 2
     queue.close()  # ends both, since no one draws any more
+
+
+def test_closing_ends_jobs_that_are_still_being_drawn(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster()
+    drawing = threading.Event()
+
+    def slow() -> Iterator[int]:
+        yield from range(10)
+        drawing.set()
+        time.sleep(LIMIT)
+
+    for _ in range(2):
+        queue = cluster.queue()
+        jobs = [queue.map(square, itertools.count(), chunksize=5), queue.map(square, itertools.count())]
+        jobs.append(queue.map(square, slow()))
+        futures = [job[100_000_000] for job in jobs]
+        assert drawing.wait(LIMIT)
+        queue.close()
+        assert all(isinstance(future.exception(LIMIT), JobError) for future in futures)
+        with cluster.queue() as again:
+            states = [again.job(job.id) for job in jobs]
+            when(lambda: all(job.state == "incomplete" for job in states))  # noqa: B023  # called at once
+        drawing.clear()
 
 
 def test_iterator_that_raises_keeps_what_was_sent(queue: Queue) -> None:

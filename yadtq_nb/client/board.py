@@ -7,10 +7,11 @@ segments here, not a million objects.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from typing import Any, Final
 
 from yadtq_nb import codec, errors
@@ -218,7 +219,7 @@ class Board:
             orphans = [future for index, future in self._futures.items() if index >= sent]
             self._changed.notify_all()
         for orphan in orphans:
-            orphan.set_exception(failure)
+            _fail(orphan, failure)
         self._end_if_cut()
 
     def _end_if_cut(self) -> None:
@@ -233,11 +234,10 @@ class Board:
         with self._changed:
             self.failure, self._cut_at = failure, None
             due = self._end()
-            orphans = list(self._futures.values()) if failure else []
+            orphans = list(self._futures.values()) if failure is not None else []
         _release(due)
         for orphan in orphans:
-            if not orphan.done():
-                orphan.set_exception(failure)
+            _fail(orphan, failure)
 
     def _end(self) -> list[Future[None]]:
         self.ended = True
@@ -276,7 +276,7 @@ class Board:
         if found is not None:
             self._resolve(found[0], [index])
         elif failure is not None:
-            future.set_exception(failure)
+            _fail(future, failure)
         return future
 
     def _asked(self, outcomes: Outcomes) -> list[int]:
@@ -311,6 +311,11 @@ class Board:
                     return False
                 self._changed.wait(left)
             return True
+
+    def wake(self) -> None:
+        """Let whoever waits look again."""
+        with self._changed:
+            self._changed.notify_all()
 
     def wait_for_arrival(self, place: int) -> None:
         """Block until the segment of that place in order of arrival has come, or none will come any more."""
@@ -427,6 +432,13 @@ def _settle(future: Future[Any], index: int, value: Any) -> None:
     if future.done():
         return
     if isinstance(value, Failure):
-        future.set_exception(revive(value.info, index))
+        _fail(future, revive(value.info, index))
     else:
-        future.set_result(value)
+        with contextlib.suppress(InvalidStateError):
+            future.set_result(value)
+
+
+def _fail(future: Future[Any], error: BaseException) -> None:
+    # Whoever was first has settled it: two threads may end a board, and one may hear an outcome meanwhile.
+    with contextlib.suppress(InvalidStateError):
+        future.set_exception(error)

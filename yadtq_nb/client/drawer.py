@@ -45,10 +45,11 @@ class Drawer:
                 raise self._error
             return items
 
-    def close(self) -> None:
-        """Draw no more."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Draw no more; whoever takes gets what was drawn, and then the error."""
         with self._changed:
             self._over = True
+            self._error = self._error or error
             self._changed.notify_all()
 
     def _ask(self, size: int) -> None:
@@ -63,7 +64,7 @@ class Drawer:
                 wanted = self._taken + len(self._drawn) + self._asked
             error = self._draw(self._asked)
             with self._changed:
-                self._asked, self._error = 0, error
+                self._asked, self._error = 0, self._error or error
                 self._over |= self._taken + len(self._drawn) < wanted
                 self._changed.notify_all()
 

@@ -22,7 +22,7 @@ from yadtq_nb.client.board import Board
 from yadtq_nb.client.drawer import Drawer
 from yadtq_nb.client.inbox import Inbox
 from yadtq_nb.config import Config
-from yadtq_nb.errors import BacklogError, JobIncompleteError, WorkbenchError, YadtqError
+from yadtq_nb.errors import BacklogError, JobError, JobIncompleteError, WorkbenchError, YadtqError
 from yadtq_nb.model import BrokenItem, CallStyle, ChunkHead, Environment, Manifest, Seal
 from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobStore
@@ -37,6 +37,8 @@ _RING_AGAIN: Final = 0.4
 _KEPT: Final = 60.0
 #: Seconds for which sending waits for Redis.
 _PATIENCE: Final = 60.0
+#: Seconds for which the thread of a job that is given up is waited for.
+_ABANDON: Final = 2.0
 #: Seconds to wait for the broker to take everything.
 _FLUSH: Final = 120.0
 
@@ -214,6 +216,8 @@ class Sender:
         self._bytes = 0
         self._ends: dict[int, int] = {}
         self._refused: BacklogError | None = None
+        self._drawer: Drawer | None = None
+        self._abandoned: JobError | None = None
         #: True once the queue has everything, or never will.
         self.finished = threading.Event()
         #: True when the input has an end that is known: then interpreter exit waits for it.
@@ -226,8 +230,12 @@ class Sender:
         self._thread.start()
 
     def abandon(self) -> None:
-        """Tell the queue that no more will come: this process ends, and its iterator with it."""
-        if not self.finished.is_set():
+        """Send no more: the queue is closed, or this process ends and its iterator with it."""
+        self._abandoned = JobError("the queue was closed while its items were being drawn", job=self._packet.job)
+        if self._drawer is not None:
+            self._drawer.close(self._abandoned)
+        self._board.wake()
+        if not self.finished.wait(_ABANDON):
             self._inbox.sent(self._packet.job)
             with contextlib.suppress(WorkbenchError):  # then the queue will see by itself
                 self._store.stop_sending(self._packet.job)
@@ -281,13 +289,16 @@ class Sender:
                 self._send(items)
             return
         with contextlib.closing(Drawer(self._items, f"yadtq-drawer-{self._packet.name}")) as drawer:
+            self._drawer = drawer
+            if self._abandoned is not None:
+                raise self._abandoned
             while items := drawer.take(size):
                 self._send(items)
                 self._wait_for_room(window)
 
     def _send(self, items: Sequence[Any]) -> None:
-        if self._refused is not None:
-            raise self._refused
+        if (stop := self._abandoned or self._refused) is not None:
+            raise stop
         chunks, size = self._mailer.send(self._packet, self._number, self._sent, items, self._acknowledge)
         self._number += chunks
         self._sent += len(items)
@@ -312,7 +323,7 @@ class Sender:
         board, limit = self._board, self._sent - window
         if board.done < limit:
             self._mailer.ring()
-            board.wait(lambda: board.done >= limit or board.ended, None)
+            board.wait(lambda: board.done >= limit or board.ended or self._abandoned is not None, None)
             if board.failure is not None:
                 raise board.failure
 
