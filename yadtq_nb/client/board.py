@@ -234,10 +234,11 @@ class Board:
         with self._changed:
             self.failure, self._cut_at = failure, None
             due = self._end()
-            orphans = list(self._futures.values()) if failure is not None else []
+            orphans = list(self._futures.values())
         _release(due)
-        for orphan in orphans:
-            _fail(orphan, failure)
+        if failure is not None:
+            for orphan in orphans:
+                _fail(orphan, failure)
 
     def _end(self) -> list[Future[None]]:
         self.ended = True
