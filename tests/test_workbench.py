@@ -13,7 +13,7 @@ import stacks
 from yadtq_nb import codec
 from yadtq_nb.config import Config
 from yadtq_nb.errors import SignatureError, WorkbenchError
-from yadtq_nb.model import ChunkHead, Environment, Lease, Manifest, Seal, Segment, WorkerInfo
+from yadtq_nb.model import ChunkHead, Environment, Lease, Manifest, Retry, Seal, Segment, WorkerInfo
 from yadtq_nb.workbench.bench import Batch, Cursor, NotLiveError, Share, Workbench
 from yadtq_nb.workbench.jobs import JobStore
 
@@ -124,7 +124,7 @@ def test_batch_that_does_not_begin_at_the_cursor_is_refused_whole(bench: Bench, 
     bench.feed(bench.head(0))
     (fed,), leases = bench.node("a").feed([bench.batch(bench.head(1), at=at)], 1)
     assert (fed.status, fed.cursor, leases) == ("moved", Cursor(TOPIC, 1), [])
-    assert [lease.head.number for lease in bench.node("a").take(9)] == [0]
+    assert [lease.head.number for lease in bench.node("a").take(9)[0]] == [0]
 
 
 def test_batch_is_refused_where_there_is_no_cursor(bench: Bench) -> None:
@@ -150,12 +150,12 @@ def test_one_refused_batch_does_not_hold_up_the_others(bench: Bench) -> None:
     right = bench.batch(bench.head(1), at=0, partition=1)
     fed, _ = bench.node("a").feed([wrong, right], 0)
     assert [one.status for one in fed] == ["moved", "fed"]
-    assert [lease.head.number for lease in bench.node("a").take(9)] == [1]
+    assert [lease.head.number for lease in bench.node("a").take(9)[0]] == [1]
 
 
 def test_chunk_that_was_sent_twice_runs_once_and_both_records_are_closed_by_its_outcome(bench: Bench) -> None:
     (lease,) = bench.feed(bench.head(0), bench.head(0), free=2)
-    assert bench.node("a").take(9) == []
+    assert bench.node("a").take(9)[0] == []
     (share,) = bench.beat("a", lease, polls=True, partitions=1)
     assert share.low == Cursor(TOPIC, 0)
     assert bench.finish("a", lease) == "closed"
@@ -167,7 +167,7 @@ def test_chunk_that_is_finished_is_not_run_when_it_is_fed_again(bench: Bench) ->
     (lease,) = bench.feed(bench.head(0), free=1)
     bench.finish("a", lease)
     assert bench.feed(bench.head(0), free=1) == []
-    assert bench.node("a").take(9) == []
+    assert bench.node("a").take(9)[0] == []
 
 
 def test_low_mark_stays_before_the_oldest_chunk_that_is_not_finished(bench: Bench) -> None:
@@ -184,7 +184,7 @@ def test_feeding_stops_at_the_watermark_and_goes_on_below_it(bench: Bench) -> No
     batch = bench.batch(bench.head(1))
     (fed,), _ = tight.feed([batch], 0)
     assert (fed.status, fed.cursor) == ("full", Cursor(TOPIC, 1))
-    (lease,) = tight.take(1)
+    (lease,) = tight.take(1)[0]
     bench.finish("a", lease)
     (fed,), _ = tight.feed([batch], 0)
     assert fed.status == "fed"
@@ -206,7 +206,7 @@ def test_nothing_is_leased_to_a_node_whose_heartbeat_has_lapsed(bench: Bench) ->
 def test_two_nodes_never_hold_the_same_chunk(bench: Bench) -> None:
     bench.beat("b")
     bench.feed(bench.head(0), bench.head(1))
-    numbers = [lease.head.number for name in ("a", "b") for lease in bench.node(name).take(1)]
+    numbers = [lease.head.number for name in ("a", "b") for lease in bench.node(name).take(1)[0]]
     assert numbers == [0, 1]
 
 
@@ -220,7 +220,7 @@ def test_lease_that_its_node_does_not_name_lapses_uncharged(bench: Bench) -> Non
         return bool(bench.node("b").reap())
 
     wait_until(lapsed)
-    (lease,) = bench.node("a").take(1)
+    (lease,) = bench.node("a").take(1)[0]
     assert lease.crashes == {}
 
 
@@ -240,7 +240,7 @@ def test_chunk_of_a_dead_node_goes_to_another_and_is_charged_to_the_task_that_ra
     bench.node("b").reap()
     assert bench.reap_until(1) == [("job:0", "a")]
     bench.beat("b")
-    (again,) = bench.node("b").take(1)
+    (again,) = bench.node("b").take(1)[0]
     assert (again.crashes, again.lapses, again.token > lease.token) == ({2: 1}, 1, True)
 
 
@@ -284,7 +284,7 @@ def test_failure_without_the_current_token_is_dropped_and_the_healthy_run_goes_o
     (old,) = bench.feed(bench.head(0), free=1)
     bench.node("b").reap("a")
     bench.beat("b")
-    (new,) = bench.node("b").take(1)
+    (new,) = bench.node("b").take(1)[0]
     assert bench.finish("a", old, b"F") == "lapsed"
     assert bench.node("a").release(old) is False
     assert bench.finish("b", new, b"S") == "closed"
@@ -298,7 +298,7 @@ def test_success_without_the_current_token_counts_if_it_is_the_first(bench: Benc
     bench.node("b").reap("a")
     assert bench.finish("a", old, b"S") == "closed"
     bench.beat("b")
-    assert bench.node("b").take(1) == []
+    assert bench.node("b").take(1)[0] == []
 
 
 def test_parts_of_a_chunk_that_overlap_are_counted_once_and_the_mask_tells_which(bench: Bench) -> None:
@@ -316,7 +316,7 @@ def test_chunk_that_is_given_back_keeps_what_is_done(bench: Bench) -> None:
     (lease,) = bench.feed(bench.head(0, count=3), free=1)
     bench.finish("a", lease, b"S", first=1)
     assert bench.node("a").release(lease, crashed=2)
-    (again,) = bench.node("a").take(1)
+    (again,) = bench.node("a").take(1)[0]
     assert (again.done, again.crashes) == (frozenset({1}), {2: 1})
 
 
@@ -398,3 +398,62 @@ def test_server_that_evicts_is_refused(bench: Bench) -> None:
         with bench.store._redis.use() as client:
             client.config_set("maxmemory-policy", "noeviction")
             client.config_set("maxmemory", "0")
+
+
+# Tries: a retry keeps the chunk open, and waits aside.
+
+
+def test_task_that_is_to_be_tried_again_waits_aside_and_its_chunk_stays_open(bench: Bench) -> None:
+    (lease,) = bench.feed(bench.head(0, count=2), bench.head(1), free=1)
+    bench.finish("a", lease, b"S")
+    assert bench.node("a").retry(lease, [Retry(1, 1, 0.5, "boom")])
+    assert bench.node("a").release(lease)
+    (other,), due = bench.node("a").take(9)
+    assert (other.head.number, due is not None and 0.2 < due <= 0.5) == (1, True)
+    bench.finish("a", other)
+    (share,) = [share for share in bench.beat("a", polls=True) if share.partition == 0]
+    assert share.low == Cursor(TOPIC, 0), "a wipe of Redis would have it fed again"
+    taken: list[Lease] = []
+
+    def take() -> list[Lease]:
+        bench.beat("a")
+        return bench.node("a").take(9)[0]
+
+    wait_until(lambda: bool(taken.extend(take()) or taken))
+    (again,) = taken
+    assert (again.tries, again.notes, again.done, again.waiting) == ({1: 1}, {1: ("boom",)}, {0}, frozenset())
+    assert bench.finish("a", again, b"S", first=1) == "closed"
+
+
+def test_try_that_is_sent_twice_counts_once(bench: Bench) -> None:
+    (lease,) = bench.feed(bench.head(0), free=1)
+    for _ in range(2):
+        assert bench.node("a").retry(lease, [Retry(0, 1, 0.0, "boom")])
+    assert bench.node("a").release(lease)
+    assert bench.node("a").release(lease) is False
+    (again,) = bench.node("a").take(9)[0]
+    assert (again.tries, again.notes) == ({0: 1}, {0: ("boom",)})
+    assert bench.node("a").take(9)[0] == []
+
+
+def test_zombie_adds_no_try_to_a_healthy_run(bench: Bench) -> None:
+    (old,) = bench.feed(bench.head(0), free=1)
+    bench.node("b").reap("a")
+    bench.beat("b")
+    (new,) = bench.node("b").take(1)[0]
+    assert bench.node("a").retry(old, [Retry(0, 1, 60.0, "boom")]) is False
+    assert bench.node("b").release(new)
+    (again,) = bench.node("b").take(1)[0]
+    assert (again.tries, again.waiting) == ({}, frozenset())
+
+
+def test_lease_that_lapses_leaves_those_that_wait_waiting(bench: Bench) -> None:
+    (lease,) = bench.feed(bench.head(0, count=2), free=1)
+    bench.node("a").retry(lease, [Retry(0, 1, 60.0, "boom")])
+    bench.node("b").reap("a")
+    bench.beat("b")
+    (again,) = bench.node("b").take(1)[0]
+    assert again.waiting == {0}
+    assert bench.finish("b", again, b"S", first=1) == "current"
+    assert bench.node("b").release(again)
+    assert bench.node("b").take(1)[0] == []

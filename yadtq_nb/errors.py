@@ -16,6 +16,7 @@ YadtqError
 │   └── JobTimeoutError (TimeoutError)  not finished in the time that was given
 └── TaskError                           one task failed, and its own exception cannot be shown
     ├── TaskCrashedError                it killed its slot too often
+    ├── TaskTimeoutError (TimeoutError) it took longer than timeout=
     ├── ItemPickleError                 its item cannot be pickled
     └── ResultPickleError               its result cannot be pickled
 
@@ -122,6 +123,10 @@ class TaskError(YadtqError):
 
 class TaskCrashedError(TaskError):
     """The task killed its slot (segfault, out of memory, os._exit) as often as is allowed."""
+
+
+class TaskTimeoutError(TaskError, TimeoutError):
+    """The task took longer than the time that was given by timeout=, and its slot was killed."""
 
 
 class ItemPickleError(TaskError):

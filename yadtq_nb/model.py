@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import random
 import secrets
 import time
 from array import array
@@ -65,6 +66,34 @@ class Environment(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tr
     python: str = ""
 
 
+class Policy(msgspec.Struct, frozen=True, array_like=True):
+    """What is done when a task of a job fails or takes too long. Times in seconds."""
+
+    #: How often a task that raised is tried again.
+    retries: int = 0
+    #: Wait before the first retry; it doubles with each, with jitter.
+    backoff: float = 1.0
+    #: Longest wait before a retry.
+    max_delay: float = 60.0
+    #: How long one attempt may take, or 0 for as long as it wants.
+    timeout: float = 0.0
+    #: Whether an attempt that took too long counts as one to be tried again.
+    retry_timeouts: bool = False
+    #: How often a task may kill its slot before it is given up, or 0 for the queue's setting.
+    max_crashes: int = 0
+    #: Not before then, in seconds since the epoch by the workbench's clock, or 0 for at once.
+    start_after: float = 0.0
+
+    def delay(self, tries: int) -> float:
+        """Return the seconds to wait before the next attempt: doubling, and between half and all of it by chance.
+
+        "Equal jitter" of M. Brooker, Exponential Backoff And Jitter, AWS Architecture Blog, 2015: tasks that failed
+        together do not come back together.
+        """
+        whole = min(self.max_delay, self.backoff * 2.0 ** min(tries, 60))
+        return whole * random.uniform(0.5, 1.0)  # no secret
+
+
 class ChunkHead(msgspec.Struct, frozen=True, array_like=True):
     """All that a node needs to know of a chunk; the pickles behind it are opened by slots only."""
 
@@ -94,6 +123,7 @@ class ChunkHead(msgspec.Struct, frozen=True, array_like=True):
     created: float = 0.0
     #: True when the arguments lie in the workbench and not in this record.
     by_reference: bool = False
+    policy: Policy = Policy()
 
     @property
     def id(self) -> str:
@@ -240,6 +270,19 @@ class Progress(msgspec.Struct, frozen=True):
         return self.succeeded + self.failed + self.cancelled
 
 
+class Retry(msgspec.Struct, frozen=True, array_like=True):
+    """One task that has raised and is to be tried again."""
+
+    #: Offset in the chunk.
+    offset: int
+    #: How often it has raised so far, this time included.
+    times: int
+    #: Seconds until it may run again.
+    delay: float
+    #: What it raised, in a line.
+    note: str
+
+
 class Lease(msgspec.Struct, frozen=True):
     """A node's right to run one chunk, until it lapses."""
 
@@ -254,6 +297,12 @@ class Lease(msgspec.Struct, frozen=True):
     crashes: dict[int, int] = {}
     #: How often a lease of this chunk has lapsed after it had started.
     lapses: int = 0
+    #: Offset in the chunk -> how often that task has raised and was to be tried again.
+    tries: dict[int, int] = {}
+    #: Offset in the chunk -> what it raised, attempt by attempt.
+    notes: dict[int, tuple[str, ...]] = {}
+    #: Offsets that are not to be run now: they wait for their next attempt.
+    waiting: frozenset[int] = frozenset()
 
 
 def chunk_id(job: str, number: int) -> str:

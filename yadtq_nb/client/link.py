@@ -18,6 +18,7 @@ from yadtq_nb.backlog.publish import Publisher
 from yadtq_nb.client.board import Board
 from yadtq_nb.client.inbox import PATIENCE, Inbox
 from yadtq_nb.client.job import Job
+from yadtq_nb.client.options import JobOptions
 from yadtq_nb.client.sender import Mailer, Packet, Sender
 from yadtq_nb.config import Config
 from yadtq_nb.errors import BacklogError, JobError, JobExistsError
@@ -51,7 +52,12 @@ class Link:
         pending.add(self)
 
     def packet(
-        self, fn: Callable[..., Any], kwargs: dict[str, Any], style: CallStyle, name: str | None, where: Environment
+        self,
+        fn: Callable[..., Any],
+        kwargs: dict[str, Any],
+        style: CallStyle,
+        where: Environment,
+        options: JobOptions,
     ) -> Packet:
         """Pickle a function, and give its job an id and a name.
 
@@ -59,10 +65,11 @@ class Link:
             TypeError: the function cannot be pickled.
         """
         try:
-            function = b"".join(codec.dumps((fn, kwargs)))
+            types = (options.retry_types,) if options.retries else ()
+            function = b"".join(codec.dumps((fn, kwargs, *types)))
         except Exception as exc:  # whatever the user's closure does when it is pickled
             raise TypeError(f"{function_name(fn)} cannot be sent to workers: {type(exc).__name__}: {exc}") from exc
-        job = new_id()
+        job, name = new_id(), options.name
         packet = Packet(
             job=job,
             name=name or f"{function_name(fn).rpartition('.')[2].strip('<>')}-{job[-5:]}",
@@ -75,6 +82,7 @@ class Link:
             environment=where,
             created=time.time(),
             parameters=_parameters(fn) if style != "item" else (),
+            policy=options.policy(self.store.now),
         )
         if packet.by_blob:
             self.mailer.keep_blob(codec.FUNCTION, packet.function_id, function)

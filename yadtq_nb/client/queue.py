@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import operator
+import datetime
 import os
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from yadtq_nb import codec
 from yadtq_nb import config as configuration
-from yadtq_nb.client import planner
+from yadtq_nb.client import options
 from yadtq_nb.client.job import Job
+from yadtq_nb.client.options import ChunkSize, ErrorTypes, Given, JobOptions, Seconds
 from yadtq_nb.config import Config
 from yadtq_nb.errors import ConfigError, JobNotFoundError
 from yadtq_nb.model import CallStyle, Environment
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 #: Seconds for which the number of slots is taken as known.
 _SLOTS_KNOWN: Final = 2.0
-
-ChunkSize = int | Literal["auto"]
 
 
 class Queue:
@@ -84,6 +83,13 @@ class Queue:
         name: str | None = None,
         kwargs: dict[str, Any] | None = None,
         chunksize: ChunkSize = "auto",
+        retries: int = 0,
+        backoff: Seconds = 1.0,
+        max_delay: Seconds = 60.0,
+        retry_on: ErrorTypes = Exception,
+        timeout: Seconds | None = None,
+        max_crashes: int | None = None,
+        start_after: Seconds | datetime.datetime | None = None,
     ) -> Job:
         """Call fn on each item, on the workers. Returns at once.
 
@@ -94,16 +100,37 @@ class Queue:
             name: of the job; made from fn's name when not given.
             kwargs: keyword arguments that are the same for every call.
             chunksize: tasks that travel together, at most 2,000; measured by default.
+            retries: how often a task that raises is tried again, it alone; no slot waits meanwhile. The last error
+                is the task's, with the earlier ones as its notes.
+            backoff: seconds (or a timedelta) before the first retry. It doubles with each, and a part of it is
+                left to chance.
+            max_delay: the longest wait before a retry, in seconds.
+            retry_on: exception classes after which a task is tried again; any Exception by default.
+            timeout: seconds that one attempt of a task may take. Then its slot is killed, and the task fails with
+                TaskTimeoutError, which is a builtin TimeoutError too, or is tried again. A coroutine is cancelled.
+            max_crashes: how often a task may kill its slot before it fails with TaskCrashedError; 2 by default.
+            start_after: seconds from now, or a datetime, before which no task starts.
 
         Raises:
             JobExistsError: the name is taken.
+            TypeError, ValueError: an option is not what it must be.
             WorkbenchError, BacklogError: Redis or Kafka cannot be reached.
         """
         if not iterables:
             raise TypeError("map() needs at least one iterable beside the function")
+        checked = options.check(
+            name=name,
+            chunksize=chunksize,
+            retries=retries,
+            backoff=backoff,
+            max_delay=max_delay,
+            retry_on=retry_on,
+            timeout=timeout,
+            max_crashes=max_crashes,
+            start_after=start_after,
+        )
         items = iterables[0] if len(iterables) == 1 else _zipped(iterables)
-        style: CallStyle = "item" if len(iterables) == 1 else "star"
-        return self._send(fn, items, style, name=name, kwargs=kwargs, chunksize=chunksize)
+        return self._send(fn, items, "item" if len(iterables) == 1 else "star", kwargs, checked)
 
     def starmap(
         self,
@@ -111,29 +138,33 @@ class Queue:
         iterable: Iterable[Iterable[Any]],
         /,
         *,
-        name: str | None = None,
         kwargs: dict[str, Any] | None = None,
-        chunksize: ChunkSize = "auto",
+        **given: Unpack[Given],
     ) -> Job:
-        """Call fn(*item) for each item, on the workers. Returns at once; see map."""
-        return self._send(fn, iterable, "star", name=name, kwargs=kwargs, chunksize=chunksize)
+        """Call fn(*item) for each item, on the workers. Returns at once; see map, also for the options."""
+        return self._send(fn, iterable, "star", kwargs, options.check(**given))
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Call fn(*args, **kwargs) on a worker. Returns its future at once.
 
-        Everything is passed to fn; options go through queue.options(name=...).submit(fn, ...).
+        Everything is passed to fn; options go through queue.options(name=..., retries=...).submit(fn, ...).
         """
-        return self._submit(fn, args, kwargs, None)
+        return self._submit(fn, args, kwargs, _DEFAULTS)
 
-    def options(self, *, name: str | None = None, chunksize: ChunkSize = "auto") -> Options:
-        """Return a view of this queue on which map, starmap and submit use these options."""
-        return Options(self, name=name, chunksize=chunksize)
+    def options(self, **given: Unpack[Given]) -> Options:
+        """Return a view of this queue on which map, starmap and submit use these options; see map for them.
 
-    def _submit(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], name: str | None) -> Any:
-        _check_call(fn, name)
+        Raises:
+            TypeError, ValueError: an option is not what it must be.
+        """
+        options.check(**given)
+        return Options(self, given)
+
+    def _submit(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], chosen: JobOptions) -> Any:
+        _check_call(fn)
         link = self._link()
-        packet = link.packet(fn, {}, "call", name, _environment(fn, link))
-        if name is None:
+        packet = link.packet(fn, {}, "call", _environment(fn, link), chosen)
+        if not packet.named:
             return link.post_one(packet, (args, kwargs))[0]
         return link.post(link.claim(packet, 1), [(args, kwargs)], 1, 1, self._slots)[0]
 
@@ -142,19 +173,16 @@ class Queue:
         fn: Callable[..., Any],
         iterable: Iterable[Any],
         style: CallStyle,
-        *,
-        name: str | None,
         kwargs: dict[str, Any] | None,
-        chunksize: ChunkSize,
+        chosen: JobOptions,
     ) -> Job:
-        _check_call(fn, name)
-        size = _chunk_size(chunksize)
+        _check_call(fn)
         # A copy, so that what the caller does to the list afterwards changes nothing.
         items = list(iterable) if isinstance(iterable, Sized) else iter(iterable)
         total = len(items) if isinstance(items, list) else None
         link = self._link()
-        packet = link.packet(fn, kwargs or {}, style, name, _environment(fn, link, items))
-        return link.post(link.claim(packet, total), items, total, size, self._slots)
+        packet = link.packet(fn, kwargs or {}, style, _environment(fn, link, items), chosen)
+        return link.post(link.claim(packet, total), items, total, chosen.chunksize, self._slots)
 
     # Finding.
 
@@ -252,51 +280,33 @@ class Queue:
 class Options:
     """A queue with options for what is sent through it."""
 
-    def __init__(self, queue: Queue, *, name: str | None, chunksize: ChunkSize) -> None:
+    def __init__(self, queue: Queue, given: Given) -> None:
         self._queue = queue
-        self._name = name
-        self._chunksize = chunksize
+        self._given = given
 
     def map(self, fn: Callable[..., Any], /, *iterables: Iterable[Any], kwargs: dict[str, Any] | None = None) -> Job:
         """See Queue.map."""
-        return self._queue.map(fn, *iterables, name=self._name, kwargs=kwargs, chunksize=self._chunksize)
+        return self._queue.map(fn, *iterables, kwargs=kwargs, **self._given)
 
     def starmap(
         self, fn: Callable[..., Any], iterable: Iterable[Iterable[Any]], /, *, kwargs: dict[str, Any] | None = None
     ) -> Job:
         """See Queue.starmap."""
-        return self._queue.starmap(fn, iterable, name=self._name, kwargs=kwargs, chunksize=self._chunksize)
+        return self._queue.starmap(fn, iterable, kwargs=kwargs, **self._given)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """See Queue.submit."""
-        return self._queue._submit(fn, args, kwargs, self._name)  # options are a part of the queue
+        # Options are a part of the queue. A delay is counted from here.
+        return self._queue._submit(fn, args, kwargs, options.check(**self._given))
 
 
+_DEFAULTS: Final = options.check()
 _NAME_CHARACTERS: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
 
-def _check_call(fn: Callable[..., Any], name: str | None) -> None:
+def _check_call(fn: Callable[..., Any]) -> None:
     if not callable(fn):
         raise TypeError(f"the first argument must be callable, not {type(fn).__name__}")
-    if name is None:
-        return
-    if not isinstance(name, str):
-        raise TypeError(f"the name of a job must be a string, not {type(name).__name__}")
-    if not name or name != name.encode("utf-8", "replace").decode():
-        raise ValueError(f"{name!r} cannot be the name of a job: it is empty, or no valid text")
-
-
-def _chunk_size(chunksize: ChunkSize) -> int | None:
-    """Return how many tasks shall travel together, or None when that is to be measured."""
-    if chunksize == "auto":
-        return None
-    try:
-        size = operator.index(chunksize)
-    except TypeError:
-        size = 0
-    if size < 1:
-        raise ValueError(f"chunksize must be 'auto' or at least 1, not {chunksize!r}")
-    return min(size, planner.MOST)
 
 
 def _zipped(iterables: tuple[Iterable[Any], ...]) -> Iterable[Any]:

@@ -23,7 +23,7 @@ from yadtq_nb.client.drawer import Drawer
 from yadtq_nb.client.inbox import Inbox
 from yadtq_nb.config import Config
 from yadtq_nb.errors import BacklogError, JobError, JobIncompleteError, WorkbenchError, YadtqError
-from yadtq_nb.model import BrokenItem, CallStyle, ChunkHead, Environment, Manifest, Seal
+from yadtq_nb.model import BrokenItem, CallStyle, ChunkHead, Environment, Manifest, Policy, Seal
 from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobStore
 
@@ -61,6 +61,7 @@ class Packet(msgspec.Struct, frozen=True):
     created: float
     #: Names of the function's parameters.
     parameters: tuple[str, ...] = ()
+    policy: Policy = Policy()
 
     def manifest(self, total: int | None, client: str) -> Manifest:
         """Return what the queue is told before the first chunk."""
@@ -92,6 +93,7 @@ class Packet(msgspec.Struct, frozen=True):
             total=total,
             created=self.created,
             by_reference=by_reference,
+            policy=self.policy,
         )
 
     @property

@@ -37,6 +37,11 @@ class Child:
         self.sending = threading.Lock()
         self.pid: int | None = None
         self.doomed = False
+        #: Offset of the task that was seen to run, and since when, on the monotonic clock.
+        self.seen: int | None = None
+        self.seen_at = 0.0
+        #: Offset of the task for whose slowness it was killed.
+        self.timed_out: int | None = None
         self.environment: Environment | None = None
         self.lease: Lease | None = None
         self.log_start = 0

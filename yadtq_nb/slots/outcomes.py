@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import traceback
 from array import array
 from collections.abc import Callable, Sequence
-from itertools import repeat
+from itertools import compress, repeat
 from operator import sub
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from yadtq_nb import codec, errors
-from yadtq_nb.model import Environment, ErrorInfo, Segment
+from yadtq_nb.model import Environment, ErrorInfo, Policy, Retry, Segment
 from yadtq_nb.slots import hints
 from yadtq_nb.slots.wire import Order, Report
 
 Send: TypeAlias = Callable[[Report, bytes], None]
+_Types: TypeAlias = tuple[type[BaseException], ...]
 
 _OURS: Final = str(Path(__file__).parent)
 #: Longest traceback and message that travel, in characters; more is cut out of the middle.
 _TEXT: Final = 32 * 1024
 #: An exception that pickles to more than this travels as text, in bytes.
 _PICKLED: Final = 1024 * 1024
+#: Longest note of an earlier attempt, in characters.
+_NOTE: Final = 500
 _SUCCEEDED: Final = b"S"
 _FAILED: Final = ord("F")
 
@@ -47,12 +51,43 @@ class Outcomes:
         self.marks: list[float] = []
         self.spans: list[tuple[float, float]] | None = None
         self.offsets = ()
+        #: What is to be tried again, by offset.
+        self.again: dict[int, Retry] = {}
+        self.policy = Policy()
+        self._retry_on: _Types = ()
         self._reported = 0
         self._epoch = time.time() - time.perf_counter()
 
+    def retry_on(self, policy: Policy, types: _Types) -> None:
+        """Have tasks that raise one of these types tried again, as often as the policy allows."""
+        self.policy, self._retry_on = policy, types
+
     def fail(self, offset: int, error: BaseException) -> None:
         """Record that the task at offset raised error."""
+        tries = self._order.tries.get(offset, 0)
+        try:
+            again = tries < self.policy.retries and isinstance(error, self._retry_on)
+        except Exception:  # a metaclass of the user's
+            again = False
+        if again:
+            self.again[offset] = Retry(offset, tries + 1, self.policy.delay(tries), self._note(offset, error))
+            return
+        for note in self._order.notes.get(offset, ()):
+            with contextlib.suppress(Exception):  # an error that takes no notes
+                error.add_note(note)
         self.failures[offset] = info(error, self.environment)
+
+    def timeout(self, offset: int) -> errors.TaskTimeoutError:
+        """Return the error of a task that has taken too long."""
+        index = self._order.first + offset
+        return errors.TaskTimeoutError(
+            f"task {index} took longer than its timeout of {self.policy.timeout:g} s", index=index
+        )
+
+    def _note(self, offset: int, error: BaseException) -> str:
+        attempt = self._order.attempts.get(offset, 1)
+        text = f"attempt {attempt} on {self._node}: {_type_name(type(error))}: {hints.message(error)}"
+        return text if len(text) <= _NOTE else f"{text[:_NOTE]} [...]"
 
     def fail_rest(self, todo: Sequence[int], error: BaseException) -> None:
         """Record that no task can run, for a reason that is the chunk's."""
@@ -71,8 +106,15 @@ class Outcomes:
         if start == stop and not last:
             return
         offsets = self.offsets[start:stop]
-        values = self._pickle(offsets, self.values[start:stop], last)
-        report, segment = self._pack(offsets, start, stop, last)
+        kept = self.values[start:stop]
+        again = [self.again[offset] for offset in offsets if offset in self.again] if self.again else []
+        if again:
+            kept = [value for offset, value in zip(offsets, kept, strict=True) if offset not in self.again]
+        began, seconds = self._times(start, stop, offsets)
+        if again:
+            offsets = [offset for offset in offsets if offset not in self.again]
+        values = self._pickle(offsets, kept, last)
+        report, segment = self._pack(offsets, began, seconds, last, again)
         frame = codec.encode_segment(self._secret, segment, values)
         self._reported = stop
         self.values[start:stop] = repeat(None, stop - start)  # a long chunk need not keep what it has sent
@@ -106,8 +148,15 @@ class Outcomes:
         )
         return ours(errors.ResultPickleError(text, index=index))
 
-    def _pack(self, offsets: Sequence[int], start: int, stop: int, last: bool) -> tuple[Report, Segment]:
-        order, count = self._order, stop - start
+    def _pack(
+        self,
+        offsets: Sequence[int],
+        began: array[float],
+        seconds: array[float],
+        last: bool,
+        again: Sequence[Retry],
+    ) -> tuple[Report, Segment]:
+        order, count = self._order, len(offsets)
         states = _SUCCEEDED * count
         failures = (
             {offset: self.failures[offset] for offset in offsets if offset in self.failures} if self.failures else {}
@@ -116,7 +165,6 @@ class Outcomes:
             states = bytes(_FAILED if offset in failures else _SUCCEEDED[0] for offset in offsets)
         first = offsets[0] if count else 0
         consecutive = isinstance(offsets, range) or list(offsets) == list(range(first, first + count))
-        began, seconds = self._times(start, stop)
         segment = Segment(
             job=order.job,
             number=order.number,
@@ -130,14 +178,18 @@ class Outcomes:
             worker=self._node,
             attempts=self._attempts(offsets),
         )
-        return Report(first, count, b"" if consecutive else array("I", offsets).tobytes(), states, last), segment
+        packed = b"" if consecutive else array("I", offsets).tobytes()
+        return Report(first, count, packed, states, last, tuple(again), last and bool(self.again)), segment
 
-    def _times(self, start: int, stop: int) -> tuple[array[float], array[float]]:
+    def _times(self, start: int, stop: int, offsets: Sequence[int]) -> tuple[array[float], array[float]]:
         epoch = self._epoch
         if self.spans is not None:
-            spans = self.spans[start:stop]
-            return array("d", [epoch + a for a, _ in spans]), array("d", [b - a for a, b in spans])
-        begins, ends = self.marks[start:stop], self.marks[start + 1 : stop + 1]
+            begins, ends = [a for a, _ in self.spans[start:stop]], [b for _, b in self.spans[start:stop]]
+        else:
+            begins, ends = self.marks[start:stop], self.marks[start + 1 : stop + 1]
+        if self.again:
+            final = [offset not in self.again for offset in offsets]
+            begins, ends = list(compress(begins, final)), list(compress(ends, final))
         return array("d", [epoch + mark for mark in begins]), array("d", map(sub, ends, begins))
 
     def _attempts(self, offsets: Sequence[int]) -> dict[int, int]:

@@ -26,7 +26,7 @@ from typing import Final, TypeAlias
 
 import msgspec
 
-from yadtq_nb.model import Environment, Lease
+from yadtq_nb.model import Environment, Lease, Retry
 from yadtq_nb.slots import processes, wire
 from yadtq_nb.slots.child import Child, bound, size, tail
 from yadtq_nb.slots.launch import Launcher, launcher
@@ -34,6 +34,8 @@ from yadtq_nb.slots.wire import NO_OFFSET, Note, Order, Report, Setup
 
 #: How often logs are looked at, in seconds.
 _LOG_EVERY: Final = 1.0
+#: Shortest time between looks at tasks that may take only so long, in seconds.
+_LEAST_LOOK: Final = 0.01
 #: A template that lives for less is started again with growing delay, in seconds.
 _SHORT_LIFE: Final = 1.0
 _LONGEST_DELAY: Final = 5.0
@@ -53,6 +55,10 @@ class Outcomes(msgspec.Struct, frozen=True):
     frame: bytes
     #: True when the chunk is done and its slot free.
     last: bool
+    #: Tasks that have raised and are to be tried again.
+    retries: tuple[Retry, ...] = ()
+    #: With the last: true when a task of those that were to run has no outcome.
+    unfinished: bool = False
 
 
 class Died(msgspec.Struct, frozen=True):
@@ -67,6 +73,8 @@ class Died(msgspec.Struct, frozen=True):
     stderr: str
     #: False when no slot was there to run the chunk: then no task is to blame.
     ran: bool = True
+    #: Offset of the task that took too long, so that the slot was killed.
+    timed_out: int | None = None
 
 
 SlotEvent: TypeAlias = Outcomes | Died
@@ -99,6 +107,8 @@ class SlotPool:
         self._launcher: Launcher | None = None
         self._started_at = self._restart_at = self._logs_at = 0.0
         self._short_lives = 0
+        #: Seconds until tasks that may take only so long are looked at again.
+        self._look = _LOG_EVERY
         self._stopped = False
         self._woken, self._waker = os.pipe()
         os.set_blocking(self._woken, False)
@@ -122,6 +132,11 @@ class SlotPool:
             claimed = max(0, min(n, free))
             self._reserved += claimed
             return claimed
+
+    def has_free(self) -> bool:
+        """Tell whether a slot is free that nobody has claimed. Thread-safe."""
+        with self._lock:
+            return sum(slot.lease is None for slot in self._slots.values()) > self._reserved
 
     def unreserve(self, n: int) -> None:
         """Give claimed slots back. Thread-safe."""
@@ -151,9 +166,13 @@ class SlotPool:
             head.number,
             head.first,
             head.count,
-            tuple(skip | lease.done),
+            tuple(skip | lease.done | lease.waiting),
             _attempts(lease),
-            *[str(path) if path else "" for path in (function_path, tree_path, arguments_path)],
+            str(function_path or ""),
+            str(tree_path or ""),
+            str(arguments_path or ""),
+            tries=lease.tries,
+            notes=lease.notes,
         )
         with self._lock:
             self._reserved -= 1
@@ -164,8 +183,11 @@ class SlotPool:
                 return
             slot.lease, slot.environment, slot.used = lease, slot.environment or head.environment, time.monotonic()
             slot.progress[0] = NO_OFFSET
+            slot.seen, slot.timed_out = None, None
             slot.log_start = size(slot.log)
             slot.sending.acquire()
+        if head.policy.timeout:
+            self.wake()  # poll may sleep for longer than the task may take
         try:
             wire.send(slot.sock, order, lease.record)
         except OSError:
@@ -190,7 +212,7 @@ class SlotPool:
         if self._launcher is None and not self._stopped:
             timeout = min(timeout, self._restart_at - now)
         elif any(slot.lease for slot in list(self._slots.values())):
-            timeout = min(timeout, _LOG_EVERY)  # what writes a log may write a lot
+            timeout = min(timeout, _LOG_EVERY, self._look)  # what writes a log may write a lot
         ready = self._selector.select(max(0.0, timeout))
         for key, _ in ready:
             if isinstance(key.data, Child):
@@ -301,7 +323,10 @@ class SlotPool:
             for head, frame in frames:
                 report = _decode_report(head)
                 if slot.lease is not None:
-                    self._events.append(Outcomes(slot.lease, _offsets(report), report.states, frame, report.last))
+                    offsets, states = _offsets(report), report.states
+                    self._events.append(
+                        Outcomes(slot.lease, offsets, states, frame, report.last, report.retries, report.unfinished)
+                    )
                 if report.last:
                     slot.lease = None
             if gone:  # how it ended, the launcher will tell
@@ -348,7 +373,8 @@ class SlotPool:
         with self._lock:
             self._slots.pop(slot.serial, None)
             self._retire(slot)
-            self._events.append(Died(slot.lease, slot.offset() if slot.lease else None, reason, tail(slot)))
+            offset, late = (slot.offset(), slot.timed_out) if slot.lease else (None, None)
+            self._events.append(Died(slot.lease, offset, reason, tail(slot), timed_out=late))
 
     def _restart_later(self) -> None:
         """The template has died, and all slots with it."""
@@ -368,12 +394,29 @@ class SlotPool:
 
     def _tend(self) -> None:
         now = time.monotonic()
+        self._end_late(now)
         if self._launcher is None and not self._stopped and self._started_at and now >= self._restart_at:
             self.start()
         if now >= self._logs_at:
             self._logs_at = now + _LOG_EVERY
             for number in range(self._count):
                 bound(self._directory / f"slot-{number}.log")
+
+    def _end_late(self, now: float) -> None:
+        """Kill the slots whose task has taken longer than its job allows. Coroutines see to that themselves."""
+        self._look = _LOG_EVERY
+        with self._lock:
+            for slot in self._slots.values():
+                limit = slot.lease.head.policy.timeout if slot.lease and not slot.lease.head.concurrent else 0.0
+                if not limit:
+                    continue
+                self._look = min(self._look, max(_LEAST_LOOK, limit / 20))
+                offset = slot.offset()
+                if offset != slot.seen:
+                    slot.seen, slot.seen_at = offset, now
+                elif offset is not None and now - slot.seen_at >= limit and not slot.doomed and slot.pid:
+                    slot.timed_out, slot.doomed = offset, True
+                    processes.kill(slot.pid, group=True)
 
     def _drain_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -383,10 +426,9 @@ class SlotPool:
 
 def _attempts(lease: Lease) -> dict[int, int]:
     """Return the attempt of each task that has been tried before."""
-    if not lease.lapses:
-        return {offset: count + 1 for offset, count in lease.crashes.items()}
-    # A crash of the node is in both counts, so they do not add up.
-    return {offset: 1 + max(lease.lapses, lease.crashes.get(offset, 0)) for offset in range(lease.head.count)}
+    offsets = range(lease.head.count) if lease.lapses else {**lease.crashes, **lease.tries}
+    # A crash of the node is in lapses and crashes, so these do not add up.
+    return {o: 1 + max(lease.lapses, lease.crashes.get(o, 0)) + lease.tries.get(o, 0) for o in offsets}
 
 
 def _offsets(report: Report) -> range | list[int]:

@@ -71,16 +71,21 @@ def run_together(
     outcomes: Outcomes,
 ) -> None:
     """Run the coroutines of the tasks at the offsets todo side by side, up to AT_A_TIME."""
+    import asyncio  # loaded by whoever made the loop
+
     done = list(outcomes.offsets)
+    limit = outcomes.policy.timeout or None
     spans = [(perf_counter(),) * 2 for _ in done]
     outcomes.offsets, outcomes.spans = done, spans
     waiting = iter(todo)
 
     async def attempt(offset: int) -> tuple[Any, BaseException | None]:
+        allowed = asyncio.timeout(limit)
         try:
-            return await _followed(_call(call, style, items[offset]), offset, progress), None
+            async with allowed:
+                return await _followed(_call(call, style, items[offset]), offset, progress), None
         except BaseException as exc:  # also a cancellation that the task has brought on itself
-            return None, exc
+            return None, outcomes.timeout(offset) if allowed.expired() else exc
 
     async def work() -> None:
         for offset in waiting:

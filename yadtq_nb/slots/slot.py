@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
 import msgspec
 
@@ -38,6 +38,9 @@ _PARK_AFTER: Final = 10
 #: Functions that a slot keeps.
 _FUNCTIONS: Final = 16
 
+#: What can be called, and the types of errors after which a task of it is tried again.
+_Loaded: TypeAlias = "tuple[Callable[..., Any], tuple[type[BaseException], ...]]"
+
 _decode_setup = msgspec.msgpack.Decoder(Setup).decode
 _decode_order = msgspec.msgpack.Decoder(Order).decode
 
@@ -49,7 +52,7 @@ class Slot:
         self._sock, self._progress = sock, progress
         self._pid = os.getpid()
         self._setup = Setup(b"", "", "")
-        self._functions: dict[str, Callable[..., Any]] = {}
+        self._functions: dict[str, _Loaded] = {}
         #: Those of them that bring classes of the notebook along.
         self._with_classes: set[str] = set()
         self._entered: Environment | None = None
@@ -83,11 +86,12 @@ class Slot:
             todo = [offset for offset in todo if offset not in skip]
         outcomes = Outcomes(order, self._setup.node, self._setup.secret)
         try:
-            head, call, items = self._open(order, record)
+            head, (call, types), items = self._open(order, record)
         except BaseException as exc:
             outcomes.fail_rest(todo, exc)
         else:
             del record
+            outcomes.retry_on(head.policy, types)
             self._reporter.begin(outcomes)
             self._run_tasks(head, call, items, todo, outcomes)
         if os.getpid() != self._pid:
@@ -105,7 +109,7 @@ class Slot:
         else:
             running.run_each(call, head.style, items, runnable, self._progress, outcomes)
 
-    def _open(self, order: Order, record: bytearray) -> tuple[ChunkHead, Callable[..., Any], Sequence[Any]]:
+    def _open(self, order: Order, record: bytearray) -> tuple[ChunkHead, _Loaded, Sequence[Any]]:
         """Verify and unpickle a chunk, in the environment where it is to run."""
         head, function, arguments = codec.decode_chunk(self._setup.secret, record)
         if (head.job, head.number, head.first, head.count) != (order.job, order.number, order.first, order.count):
@@ -128,7 +132,7 @@ class Slot:
         self._home = source.enter(environment, tree, Path(self._setup.directory) / "trees")
         self._entered = environment
 
-    def _function(self, head: ChunkHead, inline: memoryview, path: str) -> Callable[..., Any]:
+    def _function(self, head: ChunkHead, inline: memoryview, path: str) -> _Loaded:
         call = self._functions.get(head.function)
         if call is None:
             data = inline if head.function_size else self._blob(codec.FUNCTION, path, head.function)
@@ -273,14 +277,12 @@ def _end_with(leash: int) -> NoReturn:
     os._exit(1)
 
 
-def _load_function(data: codec.Buffer, environment: Environment) -> Callable[..., Any]:
+def _load_function(data: codec.Buffer, environment: Environment) -> _Loaded:
     trouble = hints.wrong_python(environment)
     if trouble and b"_make_function" in bytes(data):
         raise errors.FormatError(trouble)  # the interpreter may crash on another one's bytecode
-    function, fixed = codec.loads(data)
-    if not fixed:
-        return function  # type: ignore[no-any-return]
-    return functools.partial(function, **fixed)
+    function, fixed, *types = codec.loads(data)
+    return functools.partial(function, **fixed) if fixed else function, types[0] if types else ()
 
 
 class _explained:  # noqa: N801  # reads as a verb where it is used

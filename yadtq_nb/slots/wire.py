@@ -13,6 +13,8 @@ from typing import Final, Literal, TypeAlias, TypeVar
 
 import msgspec
 
+from yadtq_nb.model import Retry
+
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
 #: Value of a slot's progress cell while it has not begun with a task.
@@ -56,6 +58,9 @@ class Order(msgspec.Struct, frozen=True, array_like=True):
     function: str
     tree: str
     arguments: str
+    #: Offset -> how often it has raised and was to be tried again, and what it raised each time.
+    tries: dict[int, int] = {}
+    notes: dict[int, tuple[str, ...]] = {}
 
 
 class Report(msgspec.Struct, frozen=True, array_like=True):
@@ -68,6 +73,10 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
     #: One byte a task.
     states: bytes
     last: bool
+    #: Tasks that have raised and are to be tried again: they are not among the outcomes.
+    retries: tuple[Retry, ...] = ()
+    #: With the last report: true when a task of the order has no outcome.
+    unfinished: bool = False
 
 
 class Note(msgspec.Struct, frozen=True, array_like=True):

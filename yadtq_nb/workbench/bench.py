@@ -1,4 +1,4 @@
-"""What a node does at the workbench: feed, take, finish, release, beat, reap. One method for each Lua verb."""
+"""What a node does at the workbench: feed, take, finish, retry, release, beat, reap. One method for each Lua verb."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import msgspec
 from yadtq_nb import codec
 from yadtq_nb.config import Config
 from yadtq_nb.errors import CodecError, FormatError, WorkbenchError
-from yadtq_nb.model import ChunkHead, Lease, WorkerInfo
+from yadtq_nb.model import ChunkHead, Lease, Retry, WorkerInfo
 from yadtq_nb.workbench.connection import Connection
 
 #: Blobs up to this size are told with the news, so that a client needs no second round trip; in bytes.
@@ -139,14 +139,17 @@ class Workbench:
         leases = [Lease(by_id[id][0], int(token), by_id[id][1]) for id, token in _texts(granted)]
         return [Fed(status.decode(), Cursor.parse(cursor)) for status, cursor in replies], leases
 
-    def take(self, count: int) -> list[Lease]:
+    def take(self, count: int) -> tuple[list[Lease], float | None]:
         """Lease up to count ready chunks to this node.
+
+        Returns:
+            The leases, and the seconds until the next of the chunks that wait is due, or None when none waits.
 
         Raises:
             NotLiveError: the node must beat first.
             WorkbenchError: Redis cannot be reached.
         """
-        status, taken = self._redis.call("take", self._node, self._config.lease, count)
+        status, taken, due = self._redis.call("take", self._node, self._config.lease, count)
         _check_live(status)
         leases = []
         for entry in taken:
@@ -155,20 +158,23 @@ class Workbench:
             except CodecError as exc:
                 # Not named, its lease lapses; another node may know more.
                 log.error("chunk %s cannot be read: %s", entry[0].decode(), exc)
-        return leases
+        return leases, max(0.0, float(due)) if due else None
 
-    def _lease(self, id: bytes, token: bytes, record: bytes, done: bytes, crashes: bytes, lapses: int) -> Lease:
+    def _lease(self, id: bytes, token: bytes, record: bytes, done: bytes, packed: bytes) -> Lease:
         head, *_ = codec.decode_chunk(self._config.key, record)
         if head.id != id.decode():
             raise FormatError(f"chunk {id.decode()} holds the record of chunk {head.id}")
-        counts = _unpack(crashes) or {}
+        crashes, lapses, tries, notes, waiting = _unpack(packed)
         return Lease(
             head,
             int(token),
             record,
             frozenset(i for i, flag in enumerate(done) if flag == ord("1")),
-            {int(offset): int(times) for offset, times in counts.items()},
+            _by_offset(crashes),
             lapses,
+            _by_offset(tries),
+            {offset: tuple(texts) for offset, texts in _by_offset(notes).items()},
+            frozenset(waiting),
         )
 
     def finish(self, lease: Lease, offsets: range | Sequence[int], states: bytes, frame: bytes) -> str:
@@ -203,6 +209,15 @@ class Workbench:
         """
         offset = "" if crashed is None else crashed
         return bool(self._redis.call("release", self._node, lease.head.id, lease.token, offset))
+
+    def retry(self, lease: Lease, tries: Sequence[Retry]) -> bool:
+        """Note which tasks are to be tried again, and when. False when the lease is another's by now.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached; it may be sent again.
+        """
+        packed = [[try_.offset, try_.times, try_.delay, try_.note] for try_ in tries]
+        return bool(self._redis.call("retry", self._node, lease.head.id, lease.token, _pack(packed)))
 
     def mark(self, lease: Lease, offset: int) -> bool:
         """Write down which task of a suspect chunk runs next. False when the lease is another's by now."""
@@ -298,7 +313,13 @@ def _feed_entry(offset: int, head: ChunkHead) -> list[Any]:
         head.total,
         head.created,
         head.style,
+        head.policy.start_after,
     ]
+
+
+def _by_offset(table: Any) -> dict[int, Any]:
+    # An empty table of Lua is packed as a list, and its keys are strings.
+    return {int(offset): value for offset, value in table.items()} if table else {}
 
 
 def _check_live(status: bytes) -> None:

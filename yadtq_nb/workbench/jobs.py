@@ -169,6 +169,12 @@ class JobStore:
         parsed = {int(partition): Cursor.parse(cursor) for partition, cursor in found.items()}
         return {partition: cursor for partition, cursor in parsed.items() if cursor is not None}
 
+    def now(self) -> float:
+        """Return the workbench's clock, in seconds since the epoch."""
+        with self._redis.use() as client:
+            seconds, micros = client.time()
+        return float(seconds + micros / 1e6)
+
     def ring(self) -> None:
         """Wake feeders that do not wait at Kafka."""
         with self._redis.use() as client:

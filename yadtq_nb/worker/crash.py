@@ -35,6 +35,21 @@ def outcome(
     return _failed(secret, node, lease, list(crashes), errors, {lease.head.first + o: n for o, n in crashes.items()})
 
 
+def late(secret: bytes, node: str, lease: Lease, offset: int) -> tuple[bytes, bytes]:
+    """Return states and frame of a task that took longer than its job allows, the last time that it was tried."""
+    index, limit = lease.head.first + offset, lease.head.policy.timeout
+    message = "\n".join(
+        (
+            f"task {index} of job {lease.head.job_name!r} took longer than its timeout of {limit:g} s, and its slot "
+            f"was killed on {socket.gethostname()} (node {node})",
+            *lease.notes.get(offset, ()),
+        )
+    )
+    error = ErrorInfo("yadtq_nb.TaskTimeoutError", message, "", ours="TaskTimeoutError")
+    tried = lease.tries.get(offset, 0)
+    return _failed(secret, node, lease, [offset], {index: error}, {index: tried + 1} if tried else {}, [limit])
+
+
 def refusal(secret: bytes, node: str, lease: Lease, offsets: Sequence[int], error: TaskError) -> tuple[bytes, bytes]:
     """Return states and frame of tasks that could not be started."""
     info = ErrorInfo("yadtq_nb.TaskError", str(error), "")
@@ -48,6 +63,7 @@ def _failed(
     offsets: Sequence[int],
     errors: dict[int, ErrorInfo],
     attempts: dict[int, int],
+    seconds: Sequence[float] = (),
 ) -> tuple[bytes, bytes]:
     count = len(offsets)
     states = b"F" * count
@@ -61,7 +77,7 @@ def _failed(
         states=states,
         errors=errors,
         started=array("d", [now] * count).tobytes(),
-        seconds=array("d", [0.0] * count).tobytes(),
+        seconds=array("d", seconds or [0.0] * count).tobytes(),
         worker=node,
         attempts=attempts,
     )

@@ -35,7 +35,7 @@ from yadtq_nb.backlog.publish import Publisher
 from yadtq_nb.backlog.reader import Record, replay_jobs
 from yadtq_nb.config import Config
 from yadtq_nb.errors import CodecError, TaskError, WorkbenchError
-from yadtq_nb.model import Lease, WorkerInfo
+from yadtq_nb.model import Lease, Retry, WorkerInfo
 from yadtq_nb.slots.pool import Died, Outcomes, SlotPool
 from yadtq_nb.workbench.bench import Cursor, Heard, NotLiveError, Workbench
 from yadtq_nb.workbench.connection import patiently
@@ -92,8 +92,12 @@ class Node:
         self._leases_lock = threading.Lock()
         self._outbox: collections.deque[Callable[[], object]] = collections.deque()
         self._singles: dict[str, collections.deque[int]] = {}
+        #: Chunks here with tasks that are to be run later: given back when those that run now are done.
+        self._unfinished: set[str] = set()
         #: Something may lie in the line of ready chunks: the bell has rung, or the last look found all it could take.
         self._may_take = True
+        #: When the next of the chunks that wait is due, on the monotonic clock, as far as was heard.
+        self._due_at = float("inf")
         self._stopping = threading.Event()
         self._stop_at = float("inf")
         #: True when a thread of this node has ended by an error of ours.
@@ -177,15 +181,21 @@ class Node:
 
     def _serve(self) -> None:
         while not (self._stopping.is_set() and (self._is_idle() or time.monotonic() >= self._stop_at)):
-            if self._may_take and not self._stopping.is_set():
+            if (self._may_take or time.monotonic() >= self._due_at) and not self._stopping.is_set():
                 self._take()
-            wait = _PAUSE if self._outbox or self._stopping.is_set() else 60.0
+            wait = _PAUSE if self._outbox or self._stopping.is_set() else min(60.0, self._due_in())
             for event in self.pool.poll(wait):
                 if isinstance(event, Outcomes):
                     self._finish(event)
                 else:
                     self._bury(event)
             self._send_outbox()
+
+    def _due_in(self) -> float:
+        """Return the seconds until a chunk that waits may be taken; without a free slot, an outcome wakes us first."""
+        if not self.pool.has_free():
+            return 60.0
+        return max(0.001, self._due_at - time.monotonic())
 
     def _is_idle(self) -> bool:
         return not self._leases and not self._outbox
@@ -220,7 +230,8 @@ class Node:
         # Before looking: a bell that rings meanwhile must not be forgotten.
         self._may_take = False
         try:
-            leases = self._bench.take(free)
+            leases, due = self._bench.take(free)
+            self._due_at = float("inf") if due is None else time.monotonic() + due
             if len(leases) == free:
                 self._may_take = True
         except (NotLiveError, CodecError):
@@ -241,13 +252,16 @@ class Node:
         """Run a leased chunk in a reserved slot. Called by the main thread and by the feeder."""
         with self._leases_lock:
             self._leases[lease.head.id] = lease
-        hopeless = [offset for offset, times in lease.crashes.items() if times >= self._config.max_crashes]
+        hopeless = [offset for offset, times in lease.crashes.items() if times >= self._allowed(lease)]
         hopeless = [offset for offset in hopeless if offset not in lease.done]
-        left = [o for o in range(lease.head.count) if o not in lease.done and o not in hopeless]
+        out = {*lease.done, *lease.waiting, *hopeless}
+        left = [o for o in range(lease.head.count) if o not in out]
         try:
             if hopeless:
                 crashes = {offset: lease.crashes[offset] for offset in hopeless}
                 self._post(lease, hopeless, *crash.outcome(self._config.key, self.id, lease, crashes, "its node died"))
+            if lease.waiting:
+                self._unfinished.add(lease.head.id)
             if not left:
                 self._drop(lease)
                 self.pool.unreserve(1)
@@ -281,8 +295,13 @@ class Node:
         self._done += len(event.states)
         if event.states:
             self._post(lease, event.offsets, event.states, event.frame)
+        if event.retries:
+            retries = event.retries
+            self._outbox.append(lambda: self._bench.retry(lease, retries))
         if not event.last:
             return
+        if event.unfinished and self._leases.get(id) is lease:
+            self._unfinished.add(id)
         if self._singles.get(id) and self._leases.get(id) is lease:
             self._send_outbox()
             if not self.pool.reserve(1):
@@ -309,13 +328,30 @@ class Node:
         times = lease.crashes.get(offset, 0) + 1
         if not event.ran:
             self._outbox.append(lambda: self._bench.release(lease))
-        elif times < self._config.max_crashes:
+        elif event.timed_out is not None:
+            self._end_late(lease, event.timed_out)
+        elif times < self._allowed(lease):
             self._outbox.append(lambda: self._bench.release(lease, crashed=offset))
         else:
             states, frame = crash.outcome(self._config.key, self.id, lease, {offset: times}, event.reason, event.stderr)
             self._post(lease, [offset], states, frame)
             self._outbox.append(lambda: self._bench.release(lease))
         self._drop(lease)
+
+    def _allowed(self, lease: Lease) -> int:
+        """Return how often a task may kill its slot or node."""
+        return lease.head.policy.max_crashes or self._config.max_crashes
+
+    def _end_late(self, lease: Lease, offset: int) -> None:
+        """A task took too long: it fails, or is tried again; its chunk-mates go on elsewhere."""
+        policy, tries = lease.head.policy, lease.tries.get(offset, 0)
+        if policy.retry_timeouts and tries < policy.retries:
+            note = f"attempt on {self.id}: yadtq_nb.errors.TaskTimeoutError: longer than {policy.timeout:g} s"
+            retry = Retry(offset, tries + 1, policy.delay(tries), note)
+            self._outbox.append(lambda: self._bench.retry(lease, [retry]))
+        else:
+            self._post(lease, [offset], *crash.late(self._config.key, self.id, lease, offset))
+        self._outbox.append(lambda: self._bench.release(lease))
 
     def _fail(self, lease: Lease, offsets: list[int], error: Exception) -> None:
         """End tasks that cannot even be started."""
@@ -347,6 +383,10 @@ class Node:
                 return
             del self._leases[lease.head.id]
         self._singles.pop(lease.head.id, None)
+        if lease.head.id in self._unfinished:
+            self._unfinished.discard(lease.head.id)
+            self._outbox.append(lambda: self._bench.release(lease))
+            self.pool.wake()
         if lease.head.by_reference:
             self._blobs.drop(_arguments(lease))
 

@@ -23,7 +23,8 @@ local function is_live(node, now, lease)
 end
 
 -- An open chunk: job, number, first, count, weight (of the job's running counter), size (bytes), left, seq,
--- done ('' or one '0'/'1' a task), owner, token, lapses, crashes (offset -> times), positions in Kafka.
+-- done ('' or one '0'/'1' a task), owner, token, lapses, crashes (offset -> times), positions in Kafka; once a task was
+-- to be tried again: tries (offset -> times), due (offset -> when), notes (offset -> what it raised, attempt by attempt).
 local function read_chunk(id)
   local packed = redis.call('HGET', key('open'), id)
   return packed and cmsgpack.unpack(packed)
@@ -57,17 +58,57 @@ local function ring()
   redis.call('XADD', key('bell'), 'MAXLEN', '~', 64, '*', 'k', 'ready')
 end
 
--- Back to the front of the line: it has waited already.
-local function put_back(id, chunk)
+-- When a chunk has a task to run: 0 for now, else the time at which the first of those that wait is due.
+local function due_at(chunk, now)
+  local first
+  for i = 1, chunk.due and chunk.count or 0 do
+    if chunk.done == '' or chunk.done:byte(i) == 48 then
+      local due = chunk.due[tostring(i - 1)] or 0
+      if due <= now then
+        return 0
+      end
+      first = math.min(first or due, due)
+    end
+  end
+  return first or 0
+end
+
+local function wait_until(id, due)
+  redis.call('ZADD', key('delayed'), due, id)
+end
+
+-- Back to the front of the line: it has waited already. One whose tasks all wait for their next attempt waits aside.
+local function put_back(id, chunk, now)
   revoke(id, chunk)
   write_chunk(id, chunk)
-  redis.call('LPUSH', key('ready'), id)
-  redis.call('INCRBY', key('ready_bytes'), chunk.size)
+  local due = due_at(chunk, now)
+  if due > now then
+    wait_until(id, due)
+  else
+    redis.call('LPUSH', key('ready'), id)
+    redis.call('INCRBY', key('ready_bytes'), chunk.size)
+  end
+end
+
+-- What is due by now joins the line, in front.
+local function wake_delayed(now)
+  local woken = redis.call('ZRANGEBYSCORE', key('delayed'), '-inf', now, 'LIMIT', 0, 1000)
+  for i = #woken, 1, -1 do
+    local id = woken[i]
+    redis.call('ZREM', key('delayed'), id)
+    local chunk = read_chunk(id)
+    if chunk and not chunk.owner then
+      redis.call('LPUSH', key('ready'), id)
+      redis.call('INCRBY', key('ready_bytes'), chunk.size)
+    end
+  end
+  return #woken
 end
 
 -- Gone from the workbench: no record of it in Kafka holds up the commit any more.
 local function forget(id, chunk)
   redis.call('HDEL', key('open'), id)
+  redis.call('ZREM', key('delayed'), id)
   for _, p in ipairs(chunk.positions) do
     redis.call('ZREM', key('position:' .. p[1] .. ':' .. p[2]), p[3])
   end

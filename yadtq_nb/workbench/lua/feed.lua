@@ -3,7 +3,7 @@
 -- Without it a chunk would be lost or doubled when a partition changes hands: a batch counts only if the cursor kept
 -- here equals the offset it was read from, neither behind nor ahead.
 -- ARGV: node, lease, free slots, most ready chunks (-1), most ready bytes (-1), keep, groups (packed), then the records.
--- group: {partition, topic id, expected, next, {{job, number, first, count, weight, offset, job name, function, total, created, style}...}}
+-- group: {partition, topic id, expected, next, {{job, number, first, count, weight, offset, job name, function, total, created, style, start after}...}}
 local node, lease, free = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local most_chunks, most_bytes, keep = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local groups = cmsgpack.unpack(ARGV[7])
@@ -55,7 +55,15 @@ local function add(id, c, job, position, data)
     job = c[1], number = c[2], first = c[3], count = c[4], weight = c[5], size = #data,
     left = c[4], seq = 0, done = '', lapses = 0, crashes = {}, positions = {position},
   }
-  if free > 0 then
+  if c[12] > now then
+    chunk.due = {}
+    for offset = 0, c[4] - 1 do
+      chunk.due[tostring(offset)] = c[12]
+    end
+    write_chunk(id, chunk)
+    wait_until(id, c[12])
+    added = true
+  elseif free > 0 then
     free, job.running = free - 1, job.running + chunk.weight
     leases[#leases + 1] = {id, grant(id, chunk, node, now + lease)}
   else

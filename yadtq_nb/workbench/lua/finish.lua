@@ -80,8 +80,9 @@ else
   if chunk.owner then
     revoke(id, chunk)
   else
-    redis.call('LREM', key('ready'), 1, id)
-    redis.call('DECRBY', key('ready_bytes'), chunk.size)
+    if redis.call('LREM', key('ready'), 1, id) == 1 then
+      redis.call('DECRBY', key('ready_bytes'), chunk.size)
+    end
   end
   forget(id, chunk)
   redis.call('SETBIT', job_key(chunk.job, 'finished'), chunk.number, 1)

@@ -41,9 +41,9 @@ for i, entry in ipairs(lapsed) do
   end
   chunk.lapses = chunk.lapses + 1
   told[i] = {id, chunk.owner}
-  put_back(id, chunk)
+  put_back(id, chunk, now)
 end
-if #lapsed > 0 then
+if wake_delayed(now) > 0 or #lapsed > 0 then
   ring()
 end
 -- Once a minute: what has expired leaves the list of jobs.

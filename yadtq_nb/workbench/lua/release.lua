@@ -9,6 +9,6 @@ end
 if offset ~= '' then
   chunk.crashes[offset] = (chunk.crashes[offset] or 0) + 1
 end
-put_back(id, chunk)
+put_back(id, chunk, server_time())
 ring()
 return 1

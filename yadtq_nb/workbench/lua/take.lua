@@ -1,13 +1,14 @@
 #!lua flags=allow-oom
--- take: lease ready chunks to a node with free slots, whoever fed them.
+-- take: lease ready chunks to a node with free slots, whoever fed them. Tells when the next of those that wait is due.
 -- ARGV: node, lease, how many.
 local node, lease, wanted = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local now = server_time()
 local taken = {}
 
 if not is_live(node, now, lease) then
-  return {'lapsed', {}}
+  return {'lapsed', {}, ''}
 end
+wake_delayed(now)
 while #taken < wanted do
   local id = redis.call('LPOP', key('ready'))
   if not id then
@@ -21,11 +22,19 @@ while #taken < wanted do
     if data then
       local token = grant(id, chunk, node, now + lease)
       redis.call('HINCRBY', job_key(chunk.job), 'running', chunk.weight)
-      taken[#taken + 1] = {id, token, data, chunk.done, cmsgpack.pack(chunk.crashes), chunk.lapses}
+      local waiting = {}
+      for offset, due in pairs(chunk.due or {}) do
+        if due > now then
+          waiting[#waiting + 1] = tonumber(offset)
+        end
+      end
+      local told = {chunk.crashes, chunk.lapses, chunk.tries or {}, chunk.notes or {}, waiting}
+      taken[#taken + 1] = {id, token, data, chunk.done, cmsgpack.pack(told)}
     else
       -- Its job has expired: nobody asks for it any more.
       forget(id, chunk)
     end
   end
 end
-return {'ok', taken}
+local next = redis.call('ZRANGE', key('delayed'), 0, 0, 'WITHSCORES')[2]
+return {'ok', taken, next and string.format('%.6f', tonumber(next) - now) or ''}

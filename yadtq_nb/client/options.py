@@ -1,0 +1,163 @@
+"""What can be said of a job when it is sent, checked once for map, starmap and submit."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import operator
+import time
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, Final, TypedDict
+
+import msgspec
+
+from yadtq_nb.client import planner
+from yadtq_nb.errors import TaskTimeoutError
+from yadtq_nb.model import Policy
+
+#: Tasks that travel together, or "auto".
+ChunkSize = int | str
+Seconds = float | datetime.timedelta
+ErrorTypes = type[BaseException] | tuple[type[BaseException], ...]
+
+#: Longest time that can be asked for, in seconds: a century.
+_LONGEST: Final = 100 * 365 * 86_400.0
+
+
+class Given(TypedDict, total=False):
+    """The options, as keyword arguments; see Queue.map."""
+
+    name: str | None
+    chunksize: ChunkSize
+    retries: int
+    backoff: Seconds
+    max_delay: Seconds
+    retry_on: ErrorTypes
+    timeout: Seconds | None
+    max_crashes: int | None
+    start_after: Seconds | datetime.datetime | None
+
+
+class JobOptions(msgspec.Struct, frozen=True):
+    """The options of one job, checked."""
+
+    name: str | None
+    #: None to measure it.
+    chunksize: int | None
+    retries: int
+    backoff: float
+    max_delay: float
+    retry_types: tuple[type[BaseException], ...]
+    #: 0 for as long as it wants.
+    timeout: float
+    #: 0 for the queue's setting.
+    max_crashes: int
+    #: Seconds from now, or a time since the epoch, or None.
+    delay: float | None
+    at: float | None
+
+    def policy(self, now: Callable[[], float]) -> Policy:
+        """Return what travels with each chunk; now tells the workbench's clock, and is asked only for a delay."""
+        start_after = 0.0
+        if self.delay:
+            start_after = now() + self.delay
+        elif self.at is not None:
+            # What was meant by this machine's clock, told by the workbench's.
+            start_after = self.at + now() - time.time()
+        return Policy(
+            retries=self.retries,
+            backoff=self.backoff,
+            max_delay=self.max_delay,
+            timeout=self.timeout,
+            retry_timeouts=any(issubclass(TaskTimeoutError, cls) for cls in self.retry_types),
+            max_crashes=self.max_crashes,
+            start_after=start_after,
+        )
+
+
+def check(
+    *,
+    name: str | None = None,
+    chunksize: ChunkSize = "auto",
+    retries: int = 0,
+    backoff: Seconds = 1.0,
+    max_delay: Seconds = 60.0,
+    retry_on: ErrorTypes = Exception,
+    timeout: Seconds | None = None,
+    max_crashes: int | None = None,
+    start_after: Seconds | datetime.datetime | None = None,
+) -> JobOptions:
+    """Check the options of a job.
+
+    Raises:
+        TypeError, ValueError: one is not what it must be; the message names it.
+    """
+    types = retry_on if isinstance(retry_on, tuple) else (retry_on,)
+    if not types or not all(isinstance(cls, type) and issubclass(cls, BaseException) for cls in types):
+        raise TypeError(f"retry_on must be an exception class or a tuple of them, not {retry_on!r}")
+    at = start_after.timestamp() if isinstance(start_after, datetime.datetime) else None
+    return JobOptions(
+        name=_name(name),
+        chunksize=_chunk_size(chunksize),
+        retries=_count("retries", retries, 0),
+        backoff=_seconds("backoff", backoff),
+        max_delay=_seconds("max_delay", max_delay),
+        retry_types=types,
+        timeout=0.0 if timeout is None else _positive("timeout", timeout),
+        max_crashes=0 if max_crashes is None else _count("max_crashes", max_crashes, 1),
+        delay=None
+        if start_after is None or isinstance(start_after, datetime.datetime)
+        else _seconds("start_after", start_after),
+        at=at,
+    )
+
+
+def _name(name: str | None) -> str | None:
+    if name is None:
+        return None
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a job must be a string, not {type(name).__name__}")
+    if not name or name != name.encode("utf-8", "replace").decode():
+        raise ValueError(f"{name!r} cannot be the name of a job: it is empty, or no valid text")
+    return name
+
+
+def _chunk_size(chunksize: Any) -> int | None:
+    """Return how many tasks shall travel together, or None when that is to be measured."""
+    if chunksize == "auto":
+        return None
+    try:
+        size = operator.index(chunksize)
+    except TypeError:
+        size = 0
+    if size < 1:
+        raise ValueError(f"chunksize must be 'auto' or at least 1, not {chunksize!r}")
+    return min(size, planner.MOST)
+
+
+def _count(option: str, value: Any, least: int) -> int:
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{option} must be a whole number, not {value!r}") from None
+    if not least <= count <= 1_000_000:
+        raise ValueError(f"{option} must be from {least} to 1,000,000, not {value!r}")
+    return count
+
+
+def _seconds(option: str, value: Any) -> float:
+    seconds = value.total_seconds() if isinstance(value, datetime.timedelta) else value
+    if not isinstance(seconds, int | float | Real) or isinstance(seconds, bool):
+        raise TypeError(f"{option} must be seconds or a timedelta, not {value!r}")
+    seconds = float(seconds)
+    if not (math.isfinite(seconds) and 0 <= seconds <= _LONGEST):
+        raise ValueError(f"{option} must not be negative, nor more than a century, not {value!r}")
+    return seconds
+
+
+def _positive(option: str, value: Any) -> float:
+    seconds = _seconds(option, value)
+    if not seconds:
+        raise ValueError(f"{option} must be more than 0; None sets no limit")
+    return seconds
