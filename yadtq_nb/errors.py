@@ -13,6 +13,7 @@ YadtqError
 │   ├── JobExistsError                  the name is taken
 │   ├── JobNotFoundError (LookupError)  no such job on this queue
 │   ├── JobIncompleteError              its client died, or its iterator raised, while it was being sent
+│   ├── JobCancelledError               someone has cancelled it
 │   └── JobTimeoutError (TimeoutError)  not finished in the time that was given
 └── TaskError                           one task failed, and its own exception cannot be shown
     ├── TaskCrashedError                it killed its slot too often
@@ -89,6 +90,10 @@ class JobNotFoundError(JobError, LookupError):
 
 class JobIncompleteError(JobError):
     """The client died while it was still sending items, or its iterator raised, so later items are missing."""
+
+
+class JobCancelledError(JobError):
+    """The job was cancelled, so some of its tasks have no outcome."""
 
 
 class JobTimeoutError(JobError, TimeoutError):

@@ -1,4 +1,4 @@
-"""Entries of the jobs topic: manifests, seals and blobs, signed, from which an emptied workbench is filled again."""
+"""Entries of the jobs topic: manifests, seals, cancellations, blobs. From them an emptied workbench is filled again."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import msgspec
 
 from yadtq_nb import codec
 from yadtq_nb.errors import FormatError
-from yadtq_nb.model import Manifest, Seal
+from yadtq_nb.model import Cancel, Manifest, Seal
 
-__all__ = ["Blob", "Entry", "Manifest", "Seal", "decode", "encode"]
+__all__ = ["Blob", "Cancel", "Entry", "Manifest", "Seal", "decode", "encode"]
 
 _KIND: Final = b"j"
 
@@ -22,9 +22,14 @@ class Blob(msgspec.Struct, frozen=True):
     data: bytes
 
 
-Entry: TypeAlias = "Manifest | Seal | Blob"
+Entry: TypeAlias = "Manifest | Seal | Cancel | Blob"
 
-_TYPES: Final[dict[str, type[Manifest] | type[Seal] | type[Blob]]] = {"manifest": Manifest, "seal": Seal, "blob": Blob}
+_TYPES: Final[dict[str, type[Manifest] | type[Seal] | type[Cancel] | type[Blob]]] = {
+    "manifest": Manifest,
+    "seal": Seal,
+    "cancel": Cancel,
+    "blob": Blob,
+}
 
 
 def encode(secret: bytes, entry: Entry) -> tuple[str, bytes]:

@@ -40,6 +40,8 @@ class JobState(enum.StrEnum):
     SUCCEEDED = "succeeded"
     #: Every task has an outcome and at least one failed.
     FAILED = "failed"
+    #: Someone has cancelled it, or its deadline has passed: tasks without an outcome never get one.
+    CANCELLED = "cancelled"
     #: The client died while it was sending: later items are missing.
     INCOMPLETE = "incomplete"
 
@@ -154,6 +156,8 @@ class Manifest(msgspec.Struct, frozen=True):
     client: str = ""
     #: Names of the function's parameters, for the columns of a DataFrame.
     parameters: tuple[str, ...] = ()
+    #: When the job is ended, whatever of it is done, in seconds since the epoch by the workbench's clock; 0 for never.
+    deadline: float = 0.0
 
 
 class Seal(msgspec.Struct, frozen=True):
@@ -163,6 +167,14 @@ class Seal(msgspec.Struct, frozen=True):
     total: int
     #: "topic id/partition" to the offset after the job's last record there.
     ends: dict[str, int] = {}
+
+
+class Cancel(msgspec.Struct, frozen=True):
+    """The end of a job before its time."""
+
+    id: str
+    #: "cancelled" by someone, or past its "deadline".
+    reason: str = "cancelled"
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):

@@ -15,7 +15,7 @@ from concurrent.futures import Future, InvalidStateError
 from typing import Any, Final
 
 from yadtq_nb import codec, errors
-from yadtq_nb.errors import FormatError, JobError, RemoteTraceback, ResultPickleError, TaskError
+from yadtq_nb.errors import FormatError, JobCancelledError, JobError, RemoteTraceback, ResultPickleError, TaskError
 from yadtq_nb.model import STATE_OF_CODE, ErrorInfo, State
 from yadtq_nb.workbench.jobs import Stored
 
@@ -440,6 +440,11 @@ def _settle(future: Future[Any], index: int, value: Any) -> None:
 
 
 def _fail(future: Future[Any], error: BaseException) -> None:
+    if isinstance(error, JobCancelledError):
+        # Not TaskFuture.cancel, which asks the queue.
+        if Future.cancel(future):
+            future.set_running_or_notify_cancel()
+        return
     # Whoever was first has settled it: two threads may end a board, and one may hear an outcome meanwhile.
     with contextlib.suppress(InvalidStateError):
         future.set_exception(error)

@@ -13,7 +13,16 @@ from typing import Final
 
 from yadtq_nb.client.board import Board
 from yadtq_nb.config import Config
-from yadtq_nb.errors import CodecError, JobError, JobIncompleteError, JobNotFoundError, WorkbenchError
+from yadtq_nb.errors import (
+    CodecError,
+    JobCancelledError,
+    JobError,
+    JobIncompleteError,
+    JobNotFoundError,
+    JobTimeoutError,
+    WorkbenchError,
+)
+from yadtq_nb.model import JobState
 from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobRecord, JobStore, News, Stored
 
@@ -132,7 +141,7 @@ class Inbox:
 
     def _hear(self, news: list[News]) -> None:
         told: dict[str, Board] = {}
-        ended = []
+        ended: list[tuple[Board, str]] = []
         for entry in news:
             board = self._boards.get(entry.job)
             if board is None:
@@ -143,12 +152,12 @@ class Inbox:
                 board.tell(entry.field, entry.count)
                 told[entry.job] = board
             if entry.ended:
-                ended.append(board)
+                ended.append((board, entry.cancel))
         for board in told.values():
             if board.wanted:
                 self.fetch(board)
-        for board in ended:
-            self._end(board)
+        for board, reason in ended:
+            self._end(board, stopped(board.job, reason) if reason else None)
 
     def fetch(self, board: Board) -> None:
         """Fetch the outcomes that a board was told of.
@@ -202,7 +211,7 @@ class Inbox:
         self._last_known[board.job] = time.monotonic()
         board.count(record.done)
         if record.ended is not None:
-            self._end(board)
+            self._end(board, stopped(record.name, record.cancel) if record.cancel else None)
         elif board.ended:
             self._forget(board)
         elif board.failure is None and is_incomplete(record) and record.done >= record.fed:
@@ -213,6 +222,23 @@ class Inbox:
         known = self._last_known.get(board.job)
         if known is not None and time.monotonic() - known > _PATIENCE:
             self._end(board, JobNotFoundError(f"the queue does not know job {board.job} any more", job=board.job))
+
+
+def job_state(record: JobRecord) -> JobState:
+    """Return the state of a whole job."""
+    if record.cancel:
+        return JobState.CANCELLED
+    if record.ended is not None:
+        return JobState.FAILED if record.failed else JobState.SUCCEEDED
+    return JobState.INCOMPLETE if is_incomplete(record) else JobState.RUNNING
+
+
+def stopped(job: str, reason: str) -> JobError:
+    """Say why a job was ended before its time."""
+    kept = "the outcomes that came before are kept (errors='skip', to_frame())"
+    if reason == "deadline":
+        return JobTimeoutError(f"job {job!r} was ended by its deadline; {kept}", job=job)
+    return JobCancelledError(f"job {job!r} was cancelled; {kept}", job=job)
 
 
 def is_incomplete(record: JobRecord) -> bool:

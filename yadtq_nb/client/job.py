@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, overload
 from yadtq_nb import codec
 from yadtq_nb.client.board import Board, Failure, Outcomes, revive
 from yadtq_nb.client.future import TaskFuture
-from yadtq_nb.client.inbox import Inbox, is_incomplete
-from yadtq_nb.errors import JobIncompleteError, JobTimeoutError, YadtqError
+from yadtq_nb.client.inbox import Inbox, job_state
+from yadtq_nb.errors import JobCancelledError, JobIncompleteError, JobTimeoutError, YadtqError
 from yadtq_nb.model import BrokenItem, CallStyle, JobState, Progress, State, WorkerView
 from yadtq_nb.workbench.jobs import JobRecord, JobStore
 
@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
 #: What results() does with tasks that failed.
 Errors = Literal["raise", "return", "skip"]
+
+#: Failures of a job after which what it has is still given.
+_PARTIAL: Final[dict[Errors, tuple[type[Exception], ...]]] = {
+    "skip": (JobIncompleteError, JobCancelledError, JobTimeoutError),
+    "return": (JobCancelledError, JobTimeoutError),
+}
 
 #: Seconds for which a lost node is still shown.
 _SHOW_LOST: Final = 600.0
@@ -35,6 +41,8 @@ class Link(Protocol):
     store: JobStore
     inbox: Inbox
     key: bytes
+
+    def cancel(self, job: str) -> int: ...
 
 
 class Job(Sequence[Future[Any]]):
@@ -147,6 +155,7 @@ class Job(Sequence[Future[Any]]):
         Raises:
             JobTimeoutError: not done in time.
             JobIncompleteError: its client died or its iterator raised, and everything that was sent is done.
+            JobCancelledError: it was cancelled.
             Exception: what the first failed task raised, with the worker's traceback as its cause.
         """
         if errors not in ("raise", "return", "skip"):
@@ -163,7 +172,7 @@ class Job(Sequence[Future[Any]]):
 
     def _raise_failure(self, errors: Errors = "raise") -> None:
         failure = self._board.failure
-        if failure is not None and not (errors == "skip" and isinstance(failure, JobIncompleteError)):
+        if failure is not None and not (errors != "raise" and isinstance(failure, _PARTIAL[errors])):
             raise failure
 
     def _collect(self, errors: Errors) -> list[Any]:
@@ -176,7 +185,11 @@ class Job(Sequence[Future[Any]]):
         if errors == "raise":
             index = next(i for i, value in enumerate(found) if isinstance(value, Failure))
             raise revive(found[index].info, index)
-        return [revive(v.info, i) if isinstance(v, Failure) else v for i, v in enumerate(found)]
+        return [self._error(v, i) if isinstance(v, Failure) else v for i, v in enumerate(found)]
+
+    def _error(self, failure: Failure, index: int) -> BaseException:
+        ended = self._board.failure
+        return ended if failure.info is None and ended is not None else revive(failure.info, index)
 
     def _highest(self) -> int:
         return max((max(outcomes.indices(), default=-1) for outcomes in self._board.segments()), default=-1) + 1
@@ -184,6 +197,17 @@ class Job(Sequence[Future[Any]]):
     def wait(self, timeout: float | None = None) -> bool:
         """Block until every task has its outcome. False when that was not so within timeout seconds."""
         return self._board.wait(lambda: self._board.ended, _deadline(timeout))
+
+    def cancel(self) -> int:
+        """Cancel every task that has no outcome yet, and return how many there were.
+
+        Those that wait never start. Those that run are stopped, on every worker: SystemExit is raised in them, and
+        shortly afterwards their slot is killed. What they have done so far is done. Outcomes that came before are kept.
+
+        Raises:
+            BacklogError, WorkbenchError: Kafka or Redis cannot be reached.
+        """
+        return self._link.cancel(self.id)
 
     def as_completed(self) -> Completed:
         """Return the futures in order of completion, for both `for` and `async for`."""
@@ -215,10 +239,8 @@ class Job(Sequence[Future[Any]]):
     def state(self) -> JobState:
         """State of the whole job."""
         record = self._record()
-        if record is None or record.ended is None:
-            failed = self._board.failure is not None or (record is not None and is_incomplete(record))
-            return JobState.INCOMPLETE if failed else JobState.RUNNING
-        return JobState.FAILED if record.failed or record.cancelled else JobState.SUCCEEDED
+        state = JobState.RUNNING if record is None else job_state(record)
+        return JobState.INCOMPLETE if state is JobState.RUNNING and self._board.failure is not None else state
 
     @property
     def progress(self) -> Progress:
@@ -266,6 +288,8 @@ class Job(Sequence[Future[Any]]):
         self._raise_failure("skip")
         total = self._known_total()
         table = self._board.table(self._highest() if total is None else total)
+        if isinstance(self._board.failure, JobCancelledError | JobTimeoutError):
+            table.states = table.states.replace(b"Q", b"C")
         items = self._inputs()
         return frame.build_frame(
             items if len(items) == len(table.states) else None,
@@ -391,7 +415,7 @@ def attach(link: Link, record: JobRecord) -> Job:
 def _progress(record: JobRecord, known_total: int | None) -> Progress:
     total = record.total if record.total >= 0 else known_total
     elapsed = max(0.0, (record.ended or record.now) - record.created)
-    rate = record.done / elapsed if elapsed > 0 else 0.0
+    rate = (record.succeeded + record.failed) / elapsed if elapsed > 0 else 0.0
     left = None if total is None else total - record.done
     running = min(record.running, left) if left is not None else record.running
     queued = max(0, (left if left is not None else record.fed - record.done) - running)

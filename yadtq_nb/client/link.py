@@ -22,7 +22,7 @@ from yadtq_nb.client.options import JobOptions
 from yadtq_nb.client.sender import Mailer, Packet, Sender
 from yadtq_nb.config import Config
 from yadtq_nb.errors import BacklogError, JobError, JobExistsError
-from yadtq_nb.model import CallStyle, Environment, Seal, new_id
+from yadtq_nb.model import CallStyle, Cancel, Environment, Seal, new_id
 from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobStore
 
@@ -82,6 +82,7 @@ class Link:
             environment=where,
             created=time.time(),
             parameters=_parameters(fn) if style != "item" else (),
+            deadline=options.ends_at(self.store.now),
             policy=options.policy(self.store.now),
         )
         if packet.by_blob:
@@ -172,6 +173,18 @@ class Link:
         )
         self.inbox.watch(board, known=False)
         return board, job
+
+    def cancel(self, job: str) -> int:
+        """Cancel a job; see Job.cancel."""
+        cancel = Cancel(job)
+        # To Kafka first: a workbench that is filled again must not bring the job back to life.
+        self.mailer.send_entry(cancel)
+        self.mailer.flush()
+        cancelled = patiently(lambda: self.store.cancel(cancel), PATIENCE)
+        for sender in self._senders:
+            if sender.job == job:
+                sender.stop()
+        return cancelled
 
     def finish_sending(self, timeout: float, *, ending: bool) -> None:
         """Wait for what has an end to be sent, and for Kafka to have it all; when ending, give up the rest."""

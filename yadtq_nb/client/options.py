@@ -37,6 +37,24 @@ class Given(TypedDict, total=False):
     timeout: Seconds | None
     max_crashes: int | None
     start_after: Seconds | datetime.datetime | None
+    deadline: Seconds | datetime.datetime | None
+
+
+class Moment(msgspec.Struct, frozen=True):
+    """A time to come, as it was given."""
+
+    #: Seconds from now.
+    delay: float | None = None
+    #: Seconds since the epoch, by this machine's clock.
+    at: float | None = None
+
+    def by(self, now: Callable[[], float]) -> float:
+        """Return it by the workbench's clock, which now tells, or 0 when nothing was given."""
+        if self.delay is not None:
+            return now() + self.delay
+        if self.at is not None:
+            return self.at + now() - time.time()
+        return 0.0
 
 
 class JobOptions(msgspec.Struct, frozen=True):
@@ -53,18 +71,11 @@ class JobOptions(msgspec.Struct, frozen=True):
     timeout: float
     #: 0 for the queue's setting.
     max_crashes: int
-    #: Seconds from now, or a time since the epoch, or None.
-    delay: float | None
-    at: float | None
+    start_after: Moment
+    deadline: Moment
 
     def policy(self, now: Callable[[], float]) -> Policy:
         """Return what travels with each chunk; now tells the workbench's clock, and is asked only for a delay."""
-        start_after = 0.0
-        if self.delay:
-            start_after = now() + self.delay
-        elif self.at is not None:
-            # What was meant by this machine's clock, told by the workbench's.
-            start_after = self.at + now() - time.time()
         return Policy(
             retries=self.retries,
             backoff=self.backoff,
@@ -72,8 +83,12 @@ class JobOptions(msgspec.Struct, frozen=True):
             timeout=self.timeout,
             retry_timeouts=any(issubclass(TaskTimeoutError, cls) for cls in self.retry_types),
             max_crashes=self.max_crashes,
-            start_after=start_after,
+            start_after=self.start_after.by(now),
         )
+
+    def ends_at(self, now: Callable[[], float]) -> float:
+        """Return when the job is ended, or 0 for never."""
+        return self.deadline.by(now)
 
 
 def check(
@@ -87,6 +102,7 @@ def check(
     timeout: Seconds | None = None,
     max_crashes: int | None = None,
     start_after: Seconds | datetime.datetime | None = None,
+    deadline: Seconds | datetime.datetime | None = None,
 ) -> JobOptions:
     """Check the options of a job.
 
@@ -96,7 +112,6 @@ def check(
     types = retry_on if isinstance(retry_on, tuple) else (retry_on,)
     if not types or not all(isinstance(cls, type) and issubclass(cls, BaseException) for cls in types):
         raise TypeError(f"retry_on must be an exception class or a tuple of them, not {retry_on!r}")
-    at = start_after.timestamp() if isinstance(start_after, datetime.datetime) else None
     return JobOptions(
         name=_name(name),
         chunksize=_chunk_size(chunksize),
@@ -106,10 +121,8 @@ def check(
         retry_types=types,
         timeout=0.0 if timeout is None else _positive("timeout", timeout),
         max_crashes=0 if max_crashes is None else _count("max_crashes", max_crashes, 1),
-        delay=None
-        if start_after is None or isinstance(start_after, datetime.datetime)
-        else _seconds("start_after", start_after),
-        at=at,
+        start_after=_moment("start_after", start_after),
+        deadline=_moment("deadline", deadline),
     )
 
 
@@ -154,6 +167,14 @@ def _seconds(option: str, value: Any) -> float:
     if not (math.isfinite(seconds) and 0 <= seconds <= _LONGEST):
         raise ValueError(f"{option} must not be negative, nor more than a century, not {value!r}")
     return seconds
+
+
+def _moment(option: str, value: Any) -> Moment:
+    if value is None:
+        return Moment()
+    if isinstance(value, datetime.datetime):
+        return Moment(at=value.timestamp())
+    return Moment(delay=_seconds(option, value))
 
 
 def _positive(option: str, value: Any) -> float:

@@ -90,6 +90,7 @@ class Queue:
         timeout: Seconds | None = None,
         max_crashes: int | None = None,
         start_after: Seconds | datetime.datetime | None = None,
+        deadline: Seconds | datetime.datetime | None = None,
     ) -> Job:
         """Call fn on each item, on the workers. Returns at once.
 
@@ -110,6 +111,8 @@ class Queue:
                 TaskTimeoutError, which is a builtin TimeoutError too, or is tried again. A coroutine is cancelled.
             max_crashes: how often a task may kill its slot before it fails with TaskCrashedError; 2 by default.
             start_after: seconds from now, or a datetime, before which no task starts.
+            deadline: seconds from now, or a datetime, at which the whole job is ended as by job.cancel(); then
+                results() raises JobTimeoutError, with errors="skip" or "return" it gives what there is.
 
         Raises:
             JobExistsError: the name is taken.
@@ -128,6 +131,7 @@ class Queue:
             timeout=timeout,
             max_crashes=max_crashes,
             start_after=start_after,
+            deadline=deadline,
         )
         items = iterables[0] if len(iterables) == 1 else _zipped(iterables)
         return self._send(fn, items, "item" if len(iterables) == 1 else "star", kwargs, checked)
@@ -164,7 +168,7 @@ class Queue:
         _check_call(fn)
         link = self._link()
         packet = link.packet(fn, {}, "call", _environment(fn, link), chosen)
-        if not packet.named:
+        if not packet.named and not packet.deadline:
             return link.post_one(packet, (args, kwargs))[0]
         return link.post(link.claim(packet, 1), [(args, kwargs)], 1, 1, self._slots)[0]
 

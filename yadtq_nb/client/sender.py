@@ -22,8 +22,16 @@ from yadtq_nb.client.board import Board
 from yadtq_nb.client.drawer import Drawer
 from yadtq_nb.client.inbox import Inbox
 from yadtq_nb.config import Config
-from yadtq_nb.errors import BacklogError, JobError, JobIncompleteError, WorkbenchError, YadtqError
-from yadtq_nb.model import BrokenItem, CallStyle, ChunkHead, Environment, Manifest, Policy, Seal
+from yadtq_nb.errors import (
+    BacklogError,
+    JobCancelledError,
+    JobError,
+    JobIncompleteError,
+    JobTimeoutError,
+    WorkbenchError,
+    YadtqError,
+)
+from yadtq_nb.model import BrokenItem, CallStyle, Cancel, ChunkHead, Environment, Manifest, Policy, Seal
 from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobStore
 
@@ -62,6 +70,7 @@ class Packet(msgspec.Struct, frozen=True):
     #: Names of the function's parameters.
     parameters: tuple[str, ...] = ()
     policy: Policy = Policy()
+    deadline: float = 0.0
 
     def manifest(self, total: int | None, client: str) -> Manifest:
         """Return what the queue is told before the first chunk."""
@@ -74,6 +83,7 @@ class Packet(msgspec.Struct, frozen=True):
             style=self.style,
             client=client,
             parameters=self.parameters,
+            deadline=self.deadline,
         )
 
     def head(self, number: int, first: int, count: int, *, total: int = -1, by_reference: bool = False) -> ChunkHead:
@@ -163,7 +173,7 @@ class Mailer:
         self._publisher.send_chunk(codec.encode_chunk(self._config.key, head, function, arguments), acknowledged)
         return 1, size
 
-    def send_entry(self, entry: Manifest | Seal) -> None:
+    def send_entry(self, entry: Manifest | Seal | Cancel) -> None:
         """Write an entry to the jobs topic."""
         self._publisher.send_job(*journal.encode(self._config.key, entry))
 
@@ -231,12 +241,21 @@ class Sender:
         self._inbox.sending(self._packet.job)
         self._thread.start()
 
-    def abandon(self) -> None:
-        """Send no more: the queue is closed, or this process ends and its iterator with it."""
+    @property
+    def job(self) -> str:
+        """Id of the job."""
+        return self._packet.job
+
+    def stop(self) -> None:
+        """Send no more, and draw no more."""
         self._abandoned = JobError("the queue was closed while its items were being drawn", job=self._packet.job)
         if self._drawer is not None:
             self._drawer.close(self._abandoned)
         self._board.wake()
+
+    def abandon(self) -> None:
+        """Send no more: the queue is closed, or this process ends and its iterator with it."""
+        self.stop()
         if not self.finished.wait(_ABANDON):
             self._inbox.sent(self._packet.job)
             with contextlib.suppress(WorkbenchError):  # then the queue will see by itself
@@ -253,6 +272,8 @@ class Sender:
             self.finished.set()
 
     def _give_up(self, exc: BaseException) -> None:
+        if isinstance(self._board.failure, JobCancelledError | JobTimeoutError):
+            return  # ended for everyone, as the queue knows
         log.warning("job %s was not sent whole: %s", self._packet.name, exc)
         failure = JobIncompleteError(
             f"job {self._packet.name!r} is incomplete: after item {self._sent} {type(exc).__name__}: {exc}; "
@@ -301,6 +322,8 @@ class Sender:
     def _send(self, items: Sequence[Any]) -> None:
         if (stop := self._abandoned or self._refused) is not None:
             raise stop
+        if self._board.ended and self._board.failure is not None:
+            raise self._board.failure
         chunks, size = self._mailer.send(self._packet, self._number, self._sent, items, self._acknowledge)
         self._number += chunks
         self._sent += len(items)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from yadtq_nb.client.inbox import is_incomplete
-from yadtq_nb.model import JobState, WorkerView
+from yadtq_nb.client.inbox import job_state
+from yadtq_nb.model import WorkerView
 from yadtq_nb.workbench.jobs import JobRecord
 
 
@@ -54,13 +54,6 @@ def workers(views: Sequence[WorkerView]) -> pd.DataFrame:
         },
         index=pd.Index([i.id for i in infos], name="worker", dtype=object),
     )
-
-
-def job_state(record: JobRecord) -> JobState:
-    """Return the state of a whole job."""
-    if record.ended is not None:
-        return JobState.FAILED if record.failed or record.cancelled else JobState.SUCCEEDED
-    return JobState.INCOMPLETE if is_incomplete(record) else JobState.RUNNING
 
 
 def _times(seconds: Sequence[float | None]) -> pd.DatetimeIndex:

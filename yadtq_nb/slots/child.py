@@ -37,6 +37,8 @@ class Child:
         self.sending = threading.Lock()
         self.pid: int | None = None
         self.doomed = False
+        #: When it is killed, if it has not ended by then, on the monotonic clock.
+        self.kill_at: float | None = None
         #: Offset of the task that was seen to run, and since when, on the monotonic clock.
         self.seen: int | None = None
         self.seen_at = 0.0
@@ -56,6 +58,10 @@ class Child:
         """Offset of the task that runs, or None."""
         offset = self.progress[0]
         return None if offset == NO_OFFSET else offset
+
+    def is_idle(self) -> bool:
+        """Return whether it may be given a chunk."""
+        return self.lease is None and not self.doomed
 
     def suits(self, environment: Environment) -> bool:
         """Return whether a chunk of environment may run here without seeing modules of another."""

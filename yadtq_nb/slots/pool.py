@@ -30,7 +30,7 @@ from yadtq_nb.model import Environment, Lease, Retry
 from yadtq_nb.slots import processes, wire
 from yadtq_nb.slots.child import Child, bound, size, tail
 from yadtq_nb.slots.launch import Launcher, launcher
-from yadtq_nb.slots.wire import NO_OFFSET, Note, Order, Report, Setup
+from yadtq_nb.slots.wire import LEAVE, NO_OFFSET, Note, Order, Report, Setup
 
 #: How often logs are looked at, in seconds.
 _LOG_EVERY: Final = 1.0
@@ -128,7 +128,7 @@ class SlotPool:
     def reserve(self, n: int) -> int:
         """Claim up to n free slots, and return how many. Thread-safe."""
         with self._lock:
-            free = sum(slot.lease is None for slot in self._slots.values()) - self._reserved
+            free = sum(slot.is_idle() for slot in self._slots.values()) - self._reserved
             claimed = max(0, min(n, free))
             self._reserved += claimed
             return claimed
@@ -136,7 +136,7 @@ class SlotPool:
     def has_free(self) -> bool:
         """Tell whether a slot is free that nobody has claimed. Thread-safe."""
         with self._lock:
-            return sum(slot.lease is None for slot in self._slots.values()) > self._reserved
+            return sum(slot.is_idle() for slot in self._slots.values()) > self._reserved
 
     def unreserve(self, n: int) -> None:
         """Give claimed slots back. Thread-safe."""
@@ -247,6 +247,16 @@ class SlotPool:
                     if slot.pid:
                         processes.kill(slot.pid, group=True)
 
+    def terminate(self, chunk_id: str, grace: float) -> None:
+        """Have the slot that runs a chunk end: SIGTERM raises SystemExit in its task, SIGKILL follows. Thread-safe."""
+        with self._lock:
+            for slot in self._slots.values():
+                if slot.lease and slot.lease.head.id == chunk_id and slot.pid and not slot.doomed:
+                    slot.doomed, slot.kill_at = True, time.monotonic() + grace
+                    slot.progress[1] = LEAVE
+                    processes.terminate(slot.pid)
+        self.wake()
+
     def pids(self) -> list[int]:
         """Return the process ids of the slots. Thread-safe."""
         with self._lock:
@@ -292,7 +302,7 @@ class SlotPool:
         return slot
 
     def _choose(self, environment: Environment) -> Child | None:
-        idle = [slot for slot in self._slots.values() if slot.lease is None]
+        idle = [slot for slot in self._slots.values() if slot.is_idle()]
         for slot in idle:
             if slot.environment == environment:
                 return slot
@@ -403,10 +413,14 @@ class SlotPool:
                 bound(self._directory / f"slot-{number}.log")
 
     def _end_late(self, now: float) -> None:
-        """Kill the slots whose task has taken longer than its job allows. Coroutines see to that themselves."""
+        """Kill slots that were told to end, and those whose task is late. Coroutines see to that themselves."""
         self._look = _LOG_EVERY
         with self._lock:
             for slot in self._slots.values():
+                if slot.kill_at is not None and slot.pid:
+                    self._look = min(self._look, _LEAST_LOOK)
+                    if now >= slot.kill_at:
+                        processes.kill(slot.pid, group=True)
                 limit = slot.lease.head.policy.timeout if slot.lease and not slot.lease.head.concurrent else 0.0
                 if not limit:
                     continue

@@ -56,6 +56,12 @@ def kill(pid: int, *, group: bool = False) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+def terminate(pid: int) -> None:
+    """SIGTERM a process, unless it is gone."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, signal.SIGTERM)
+
+
 def marked(mark: str) -> list[int]:
     """Return the processes, other than this one, that were started with mark ("NAME=value") in their environment."""
     needle = b"\0" + mark.encode() + b"\0"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from yadtq_nb import errors
 from yadtq_nb.model import BrokenItem, CallStyle
 from yadtq_nb.slots.outcomes import Outcomes, ours
+from yadtq_nb.slots.wire import LEAVE
 
 if TYPE_CHECKING:
     import asyncio
@@ -56,6 +57,8 @@ def run_each(
         try:
             keep(step())
         except BaseException as exc:  # SystemExit and KeyboardInterrupt too: a task ends, not the slot
+            if progress[1] == LEAVE:
+                raise  # the node wants this slot to end
             outcomes.fail(offset, exc)
             keep(None)
         mark(clock())

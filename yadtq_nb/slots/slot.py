@@ -240,8 +240,6 @@ def main() -> NoReturn:
 
 def _serve(sock: socket.socket, progress_fd: int, log: str) -> NoReturn:
     sys.argv[:] = [""]
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, functools.partial(_leave_to_node, os.getpid()))
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -251,17 +249,26 @@ def _serve(sock: socket.socket, progress_fd: int, log: str) -> NoReturn:
     faulthandler.enable()  # a segfault tells where, and the pool shows it
     progress = memoryview(mmap.mmap(progress_fd, wire.PROGRESS_SIZE)).cast("I")
     os.close(progress_fd)
-    Slot(sock, progress).serve()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, functools.partial(_leave_to_node, os.getpid(), progress))
+    try:
+        Slot(sock, progress).serve()
+    except SystemExit:
+        os._exit(128 + signal.SIGTERM)  # told to end: what lies below is the template's
 
 
-def _leave_to_node(slot: int, signum: int, _: object) -> None:
+def _leave_to_node(slot: int, progress: memoryview, signum: int, _: object) -> None:
     """Do nothing: a service manager signals the whole group, and it is the node that decides when slots end.
+
+    When the node has decided, raise SystemExit, so that what the task has opened is closed.
 
     Not SIG_IGN, which would be inherited by whatever a task starts, so that it could not be terminated.
     """
     if os.getpid() != slot:  # a child that a task has forked
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)
+    if progress[1] == wire.LEAVE:
+        raise SystemExit(128 + signum)
 
 
 def _reseed() -> None:

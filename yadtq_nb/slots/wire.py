@@ -19,6 +19,8 @@ Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
 #: Value of a slot's progress cell while it has not begun with a task.
 NO_OFFSET: Final = 0xFFFFFFFF
+#: Value of the cell beside it once the slot is to end.
+LEAVE: Final = 1
 #: Bytes of the memory that a slot shares with its pool.
 PROGRESS_SIZE: Final = 8
 #: Longest Note, in bytes.

@@ -254,7 +254,10 @@ class Workbench:
         Raises:
             WorkbenchError: Redis cannot be reached.
         """
-        return [(id, node) for id, node in _texts(self._redis.call("reap", self._config.lease, dead))]
+        return [
+            (id, node)
+            for id, node in _texts(self._redis.call("reap", self._config.lease, dead, int(self._config.keep)))
+        ]
 
     def init(self, partition: int, seen: Cursor | None, cursor: Cursor) -> Cursor | None:
         """Set a cursor if it still is the one that was seen; returns the one that holds now.
@@ -278,15 +281,21 @@ class Workbench:
         """Name of the server's present life."""
         return self._redis.run_id()
 
-    def wait_for_bell(self, position: str, timeout: float) -> str:
-        """Block until the bell rings after position, or timeout seconds; returns the new position.
+    def wait_for_bell(self, position: str, timeout: float) -> tuple[str, bool]:
+        """Block until the bell rings after position, or timeout seconds.
+
+        Returns:
+            The new position, and whether something was cancelled, so that a beat tells what is to be stopped.
 
         Raises:
             WorkbenchError: Redis cannot be reached.
         """
         with self._redis.use() as client:
             rung = client.xread({self._redis.key("bell"): position}, block=max(1, int(timeout * 1000)))
-        return str(rung[0][1][-1][0].decode()) if rung else position
+        if not rung:
+            return position, False
+        entries = rung[0][1]
+        return str(entries[-1][0].decode()), any(fields.get(b"k") == b"cancel" for _, fields in entries)
 
     def blob(self, name: str) -> bytes | None:
         """Fetch a function or source tree by its content hash, or arguments by reference."""

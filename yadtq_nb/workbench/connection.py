@@ -18,7 +18,10 @@ from redis.retry import Retry
 from yadtq_nb.config import Config
 from yadtq_nb.errors import WorkbenchError, WorkbenchFullError
 
-VERBS: Final = ("feed", "take", "finish", "release", "retry", "mark", "beat", "reap", "init", "create", "seal")
+VERBS: Final = (
+    *("feed", "take", "finish", "release", "retry", "mark", "beat", "reap", "init"),
+    *("create", "seal", "cancel"),
+)
 
 _T = TypeVar("_T")
 

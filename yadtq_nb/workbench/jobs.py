@@ -10,7 +10,7 @@ import msgspec
 from yadtq_nb import codec
 from yadtq_nb.config import Config
 from yadtq_nb.errors import SignatureError
-from yadtq_nb.model import CallStyle, Manifest, Seal, WorkerInfo, WorkerView
+from yadtq_nb.model import CallStyle, Cancel, Manifest, Seal, WorkerInfo, WorkerView
 from yadtq_nb.workbench.bench import Cursor
 from yadtq_nb.workbench.connection import Connection
 
@@ -57,6 +57,8 @@ class JobRecord(msgspec.Struct, frozen=True):
     expires: float
     #: Names of the function's parameters.
     parameters: tuple[str, ...] = ()
+    #: Why it was ended before its time ("cancelled", "deadline"), or "".
+    cancel: str = ""
 
     @property
     def done(self) -> int:
@@ -76,6 +78,8 @@ class News(msgspec.Struct, frozen=True):
     frame: bytes | None
     #: True when the job ended with it.
     ended: bool
+    #: Why it was ended before its time, or "".
+    cancel: str = ""
 
 
 class Stored(msgspec.Struct, frozen=True):
@@ -127,12 +131,21 @@ class JobStore:
                 m.client,
                 int(self._config.keep),
                 ",".join(m.parameters),
+                m.deadline,
             ).decode()
         )
 
     def seal(self, seal: Seal) -> None:
         """Say how many tasks there are, once all are sent."""
         self._redis.call("seal", seal.id, seal.total, _pack(seal.ends), int(self._config.keep))
+
+    def cancel(self, cancel: Cancel) -> int:
+        """End a job now; returns how many of its tasks had no outcome. May be sent twice.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached.
+        """
+        return int(self._redis.call("cancel", cancel.id, cancel.reason, int(self._config.keep)))
 
     def say_sending(self, job: str) -> None:
         """Tell that this client still sends the job's items; holds for SENDER_LEASE seconds."""
@@ -300,7 +313,14 @@ class JobStore:
 
 
 def _news(fields: dict[bytes, bytes]) -> News:
-    return News(fields[b"j"].decode(), fields[b"f"].decode(), int(fields[b"n"]), fields.get(b"b"), fields[b"e"] == b"1")
+    return News(
+        fields[b"j"].decode(),
+        fields[b"f"].decode(),
+        int(fields[b"n"]),
+        fields.get(b"b"),
+        fields[b"e"] == b"1",
+        fields.get(b"c", b"").decode(),
+    )
 
 
 def _record(fields: dict[bytes, bytes], sending: bool, now: float, ttl: int) -> JobRecord:
@@ -328,6 +348,7 @@ def _record(fields: dict[bytes, bytes], sending: bool, now: float, ttl: int) -> 
         now=now,
         expires=float(ttl),
         parameters=tuple(filter(None, fields.get(b"parameters", b"").decode().split(","))),
+        cancel=fields.get(b"cancel", b"").decode(),
     )
 
 

@@ -54,6 +54,8 @@ _PAUSE: Final = 0.2
 _SWITCH: Final = 0.0005
 #: Seconds that a node waits for Redis at its start: it may still be reading its file.
 _START: Final = 15.0
+#: Seconds that a task gets to clean up once it is cancelled.
+_LEAVE: Final = 0.5
 #: Seconds that running tasks get when the node is asked to stop.
 GRACE: Final = 5.0
 
@@ -413,7 +415,7 @@ class Node:
         running = self.pool.running()
         for chunk in chunks:
             if chunk in running and running[chunk][0] is self._leases.get(chunk):
-                self.pool.kill(chunk)
+                self.pool.terminate(chunk, _LEAVE)
 
     def _tell_reaped(self, lapsed: list[tuple[str, str]]) -> None:
         for chunk, node in lapsed:
@@ -432,10 +434,12 @@ class Node:
         bench, position = Workbench(self._config, self.queue, self.id), "0-0"
         while not self._stopping.is_set():
             try:
-                rung = bench.wait_for_bell(position, 1.0)
+                rung, cancelled = bench.wait_for_bell(position, 1.0)
             except WorkbenchError:
                 self._stopping.wait(_PAUSE)
                 continue
+            if cancelled:
+                self._heart.hurry()
             if rung != position:
                 position = rung
                 self._feeder.ring()

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def restore_jobs(config: Config, queue: str, entries: Iterable[tuple[str, bytes | None]]) -> None:
-    """Write manifests, seals and blobs to the workbench; what is there already stays as it is.
+    """Write manifests, seals, cancellations and blobs to the workbench; what is there already stays as it is.
 
     Raises:
         BacklogError, WorkbenchError: a server cannot be reached.
@@ -36,5 +36,7 @@ def _restore(store: JobStore, entry: journal.Entry) -> None:
         store.put_blob(entry.name, entry.data)
     elif isinstance(entry, journal.Manifest):
         store.create(entry)
+    elif isinstance(entry, journal.Cancel):
+        store.cancel(entry)
     else:
         store.seal(entry)

@@ -11,7 +11,13 @@ redis.call('HSET', key('nodes'), node, info)
 redis.call('SREM', key('dead'), node)
 for _, named in ipairs(cmsgpack.unpack(ARGV[6])) do
   local chunk = read_chunk(named[1])
-  if chunk and holds(chunk, node, named[2]) then
+  local held = chunk and holds(chunk, node, named[2])
+  if held and has_ended(chunk.job) then
+    revoke(named[1], chunk)
+    forget(named[1], chunk)
+    held = false
+  end
+  if held then
     redis.call('ZADD', key('leases'), now + lease, named[1])
     if named[3] >= 0 then
       redis.call('HSET', key('at'), named[1], named[3])

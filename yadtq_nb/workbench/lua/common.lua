@@ -54,6 +54,11 @@ local function revoke(id, chunk)
   redis.call('HINCRBY', job_key(chunk.job), 'running', -chunk.weight)
 end
 
+-- Complete or cancelled: what is still open of it is of no use.
+local function has_ended(job)
+  return redis.call('HEXISTS', job_key(job), 'ended') == 1
+end
+
 local function ring()
   redis.call('XADD', key('bell'), 'MAXLEN', '~', 64, '*', 'k', 'ready')
 end
@@ -119,22 +124,85 @@ local function tell(job, ...)
   redis.call('XADD', key('news'), 'MAXLEN', '~', 8192, '*', 'q', seq, 'j', job, ...)
 end
 
--- True once every task has its outcome; then the job's keys get their time to live.
-local function end_if_complete(job, now, keep)
+local function end_job(job, now, keep)
   local name = job_key(job)
-  local f = redis.call('HMGET', name, 'total', 'succeeded', 'failed', 'cancelled', 'ended', 'name')
-  local total = tonumber(f[1] or '-1')
-  if f[5] or total < 0 or tonumber(f[2] or 0) + tonumber(f[3] or 0) + tonumber(f[4] or 0) < total then
-    return false
-  end
   redis.call('HSET', name, 'ended', string.format('%.6f', now))
   for _, part in ipairs({'in', 'out', 'finished', 'failed'}) do
     redis.call('EXPIRE', job_key(job, part), keep)
   end
   redis.call('EXPIRE', name, keep)
-  local holder = f[6] and redis.call('GET', key('name:' .. f[6]))
+  redis.call('ZREM', key('deadlines'), job)
+  local called = redis.call('HGET', name, 'name')
+  local holder = called and redis.call('GET', key('name:' .. called))
   if holder == job then
-    redis.call('EXPIRE', key('name:' .. f[6]), keep)
+    redis.call('EXPIRE', key('name:' .. called), keep)
   end
+end
+
+-- End a job now: every task without an outcome is cancelled by this one entry. What waits leaves the line; what runs
+-- is stopped when its node names the lease; what comes from Kafka later is passed by.
+local function cancel_job(job, reason, now, keep)
+  local name = job_key(job)
+  local f = redis.call('HMGET', name, 'total', 'succeeded', 'failed', 'ended', 'fed')
+  if f[4] then
+    return 0
+  end
+  local done = tonumber(f[2] or 0) + tonumber(f[3] or 0)
+  local total = tonumber(f[1] or '-1')
+  if total < 0 then
+    total = math.max(done, tonumber(f[5] or 0))
+  end
+  redis.call('HSET', name, 'id', job, 'cancel', reason, 'cancelled', total - done, 'total', total, 'sealed', 1)
+  end_job(job, now, keep)
+  local mine = job .. ':'
+  local kept, dropped, bytes = {}, {}, 0
+  for _, id in ipairs(redis.call('LRANGE', key('ready'), 0, -1)) do
+    local to = id:sub(1, #mine) == mine and dropped or kept
+    to[#to + 1] = id
+  end
+  if #dropped > 0 then
+    redis.call('DEL', key('ready'))
+    for i = 1, #kept, 1000 do
+      redis.call('RPUSH', key('ready'), unpack(kept, i, math.min(i + 999, #kept)))
+    end
+  end
+  for _, id in ipairs(redis.call('ZRANGE', key('delayed'), 0, -1)) do
+    if id:sub(1, #mine) == mine then
+      redis.call('ZREM', key('delayed'), id)
+      redis.call('RPUSH', key('dropped'), id)
+    end
+  end
+  for i = 1, #dropped, 1000 do
+    redis.call('RPUSH', key('dropped'), unpack(dropped, i, math.min(i + 999, #dropped)))
+  end
+  for _, id in ipairs(dropped) do
+    local chunk = read_chunk(id)
+    bytes = bytes + (chunk and chunk.size or 0)
+  end
+  redis.call('DECRBY', key('ready_bytes'), bytes)
+  tell(job, 'f', '', 'n', total - done, 'e', 1, 'c', reason)
+  redis.call('XADD', key('bell'), 'MAXLEN', '~', 64, '*', 'k', 'cancel')
+  return total - done
+end
+
+-- Forget what a cancel has taken out of the line, some at a time.
+local function sweep_dropped()
+  for _, id in ipairs(redis.call('LPOP', key('dropped'), 1000) or {}) do
+    local chunk = read_chunk(id)
+    if chunk then
+      forget(id, chunk)
+    end
+  end
+end
+
+-- True once every task has its outcome; then the job's keys get their time to live.
+local function end_if_complete(job, now, keep)
+  local name = job_key(job)
+  local f = redis.call('HMGET', name, 'total', 'succeeded', 'failed', 'cancelled', 'ended')
+  local total = tonumber(f[1] or '-1')
+  if f[5] or total < 0 or tonumber(f[2] or 0) + tonumber(f[3] or 0) + tonumber(f[4] or 0) < total then
+    return false
+  end
+  end_job(job, now, keep)
   return true
 end

@@ -1,6 +1,6 @@
 #!lua
 -- create: claim a name for a job. Returns the id that holds the name, so that the caller sees whether it is its own.
--- ARGV: id, name, function, created, total, style, client, keep, parameter names.
+-- ARGV: id, name, function, created, total, style, client, keep, parameter names, deadline (0 for none).
 local id, name = ARGV[1], ARGV[2]
 local name_key = key('name:' .. name)
 local holder = redis.call('GET', name_key)
@@ -11,6 +11,9 @@ redis.call('SET', name_key, id, 'EX', tonumber(ARGV[8]) * 4)
 if redis.call('HSETNX', job_key(id), 'id', id) == 1 then
   redis.call('HSET', job_key(id), 'name', name, 'function', ARGV[3], 'created', ARGV[4], 'total', ARGV[5], 'style', ARGV[6], 'client', ARGV[7], 'parameters', ARGV[9], 'sealed', 0)
   redis.call('ZADD', key('jobs'), ARGV[4], id)
+  if tonumber(ARGV[10]) > 0 then
+    redis.call('ZADD', key('deadlines'), ARGV[10], id)
+  end
   redis.call('EXPIRE', job_key(id), tonumber(ARGV[8]) * 4)
 end
 return id

@@ -10,6 +10,14 @@ local chunk = read_chunk(id)
 if not chunk then
   return {'closed', 0}
 end
+if has_ended(chunk.job) then
+  if chunk.owner then
+    revoke(id, chunk)
+  end
+  forget(id, chunk)
+  redis.call('HINCRBY', job_key(chunk.job), 'late', #states)
+  return {'closed', 0}
+end
 local current = holds(chunk, node, token)
 local accepted, succeeded, failed, mask = 0, 0, 0, nil
 

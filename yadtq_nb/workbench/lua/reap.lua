@@ -1,7 +1,8 @@
 #!lua flags=allow-oom
 -- reap: return what lapsed leases held to the line, whichever node notices first.
 -- When nobody has reaped for longer than a lease, the server was away, not the nodes: all leases are extended.
--- ARGV: lease, a node that is known to be dead ('' for none).
+-- Ends jobs whose deadline has passed, too.
+-- ARGV: lease, a node that is known to be dead ('' for none), keep.
 local lease, dead = tonumber(ARGV[1]), ARGV[2]
 local now = server_time()
 local last = tonumber(redis.call('GET', key('reaped')) or now)
@@ -46,6 +47,11 @@ end
 if wake_delayed(now) > 0 or #lapsed > 0 then
   ring()
 end
+for _, job in ipairs(redis.call('ZRANGEBYSCORE', key('deadlines'), '-inf', now, 'LIMIT', 0, 10)) do
+  redis.call('ZREM', key('deadlines'), job)
+  cancel_job(job, 'deadline', now, tonumber(ARGV[3]))
+end
+sweep_dropped()
 -- Once a minute: what has expired leaves the list of jobs.
 if math.floor(now / 60) ~= math.floor(last / 60) then
   for _, job in ipairs(redis.call('ZRANGE', key('jobs'), 0, 99)) do

@@ -2,6 +2,9 @@
 -- seal: say how many tasks a job has, once all are sent.
 -- ARGV: id, total, ends (packed), keep.
 local name = job_key(ARGV[1])
+if redis.call('HEXISTS', name, 'cancel') == 1 then
+  return 0
+end
 redis.call('HSET', name, 'id', ARGV[1], 'total', ARGV[2], 'sealed', 1, 'ends', ARGV[3])
 if end_if_complete(ARGV[1], server_time(), tonumber(ARGV[4])) then
   tell(ARGV[1], 'f', '', 'n', 0, 'e', 1)

@@ -18,7 +18,7 @@ while #taken < wanted do
   -- Closed or leased meanwhile: its place in the line is stale.
   if chunk and not chunk.owner then
     redis.call('DECRBY', key('ready_bytes'), chunk.size)
-    local data = redis.call('HGET', job_key(chunk.job, 'in'), chunk.number)
+    local data = not has_ended(chunk.job) and redis.call('HGET', job_key(chunk.job, 'in'), chunk.number)
     if data then
       local token = grant(id, chunk, node, now + lease)
       redis.call('HINCRBY', job_key(chunk.job), 'running', chunk.weight)
@@ -31,7 +31,7 @@ while #taken < wanted do
       local told = {chunk.crashes, chunk.lapses, chunk.tries or {}, chunk.notes or {}, waiting}
       taken[#taken + 1] = {id, token, data, chunk.done, cmsgpack.pack(told)}
     else
-      -- Its job has expired: nobody asks for it any more.
+      -- Its job was cancelled or has expired: nobody asks for it any more.
       forget(id, chunk)
     end
   end

@@ -1,0 +1,167 @@
+"""Cancelling jobs, and deadlines, on both stacks."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ALL_COMPLETED, CancelledError, wait
+from pathlib import Path
+
+import pytest
+from stacks import MakeCluster
+
+from yadtq_nb import JobCancelledError, JobState, JobTimeoutError, LocalCluster
+
+# Functions of the tests travel by value, as those of a notebook do.
+__import__("cloudpickle").register_pickle_by_value(sys.modules[__name__])
+
+LIMIT = 30
+
+
+def when(condition: Callable[[], object], seconds: float = LIMIT) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def lines(audit: Path) -> list[str]:
+    return audit.read_text().split() if audit.exists() else []
+
+
+def write(audit: Path, text: object) -> None:
+    with audit.open("a") as file:
+        file.write(f"{text}\n")
+
+
+def test_cancel_stops_what_runs_and_starts_nothing_that_waits(cluster: LocalCluster, tmp_path: Path) -> None:
+    audit = tmp_path / "audit"
+
+    def slow(x: int) -> int:
+        if x < 10:
+            return x
+        write(audit, f"begin-{x}")
+        try:
+            time.sleep(60)
+        finally:
+            write(audit, f"end-{x}")
+        return x
+
+    queue = cluster.queue()
+    job = queue.map(slow, range(500), chunksize=1)
+    when(lambda: len(lines(audit)) == 2)
+    began = time.monotonic()
+    assert job.cancel() == 500 - job.progress.succeeded
+    assert job.state is JobState.CANCELLED
+    assert job.wait(LIMIT)
+    # The slots are free again, and the tasks had their time to clean up.
+    assert queue.submit(abs, -1).result(LIMIT) == 1
+    when(lambda: len(lines(audit)) == 4)
+    assert time.monotonic() - began < 8
+    assert {line.split("-")[0] for line in lines(audit)} == {"begin", "end"}
+    progress = job.progress
+    assert (progress.cancelled, progress.running, progress.queued) == (500 - progress.succeeded, 0, 0)
+    assert job.to_frame().state.value_counts().to_dict() == {
+        "cancelled": 500 - progress.succeeded,
+        **({"succeeded": progress.succeeded} if progress.succeeded else {}),
+    }
+    assert len(job.results(errors="skip")) == progress.succeeded
+    with pytest.raises(JobCancelledError, match="was cancelled"):
+        job.results()
+    assert job.cancel() == 0, "it has ended"
+    time.sleep(0.5)
+    assert len(lines(audit)) == 4
+
+
+def test_futures_of_a_cancelled_job_are_cancelled_in_every_process(cluster: LocalCluster) -> None:
+    queue, other = cluster.queue(), cluster.queue()
+    job = queue.map(lambda _: time.sleep(60), range(6), chunksize=1, name="long")
+    seen = other.job("long")
+    futures = [job[0], job[5], seen[0], seen[5]]
+    when(lambda: job.progress.running == 2)
+    seen.cancel()
+    _, pending = wait(futures, LIMIT, ALL_COMPLETED)
+    assert not pending
+    assert all(future.cancelled() for future in futures)
+    with pytest.raises(CancelledError):
+        job[3].result(LIMIT)
+    assert [type(error) for error in job.results(errors="return")] == [JobCancelledError] * 6
+    assert other.jobs().state["long"] == "cancelled"
+
+
+def test_task_that_does_not_listen_is_killed(cluster: LocalCluster, tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+
+    def stubborn(_: int) -> None:
+        child = subprocess.Popen(["sleep", "300"], start_new_session=True)
+        write(pids, os.getpid())
+        write(pids, child.pid)
+        while True:
+            try:
+                time.sleep(60)
+            except BaseException:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    job = cluster.queue().map(stubborn, range(1))
+    when(lambda: len(lines(pids)) == 2)
+    job.cancel()
+    when(lambda: not any(Path(f"/proc/{pid}").exists() for pid in lines(pids)), 10)
+
+
+def test_cancel_by_a_second_process_ends_the_drawing_of_an_iterator(cluster: LocalCluster) -> None:
+    queue = cluster.queue()
+    drawn = itertools.count()
+    job = queue.map(abs, drawn, chunksize=5, name="endless")
+    when(lambda: job.progress.succeeded > 50)
+    cluster.queue().job("endless").cancel()
+    assert job.wait(LIMIT)
+    assert job.state is JobState.CANCELLED
+    # A thread that draws on would draw thousands in this time.
+    time.sleep(0.3)
+    before = next(drawn)
+    time.sleep(0.5)
+    assert next(drawn) == before + 1
+    kept = job.results(errors="skip")
+    assert len(kept) == job.progress.succeeded
+
+
+def test_chunks_that_still_lie_in_kafka_never_start(make_cluster: MakeCluster, tmp_path: Path) -> None:
+    cluster = make_cluster(slots=1, workers=1, settings={"watermark_chunks": 2})
+    audit = tmp_path / "audit"
+
+    def slow(x: int) -> None:
+        write(audit, x)
+        time.sleep(0.2)
+
+    queue = cluster.queue()
+    job = queue.map(slow, range(200), chunksize=1)
+    when(lambda: lines(audit))
+    job.cancel()
+    ran = len(lines(audit))
+    assert queue.submit(abs, -1).result(LIMIT) == 1, "it lies behind them in Kafka"
+    assert len(lines(audit)) <= ran + 1
+    assert job.progress.cancelled >= 190
+
+
+def test_deadline_ends_a_job_with_what_it_has(cluster: LocalCluster) -> None:
+    queue = cluster.queue()
+    job = queue.map(lambda x: time.sleep(60 if x else 0), range(4), chunksize=1, deadline=1.5)
+    single = queue.options(deadline=1.5).submit(time.sleep, 60)
+    with pytest.raises(JobTimeoutError, match="deadline"):
+        job.results(LIMIT)
+    assert job.results(errors="skip") == [None]
+    assert isinstance(job[2].exception(LIMIT), JobTimeoutError)
+    assert isinstance(single.exception(LIMIT), JobTimeoutError)
+    assert job.state is JobState.CANCELLED
+    assert queue.submit(abs, -1).result(LIMIT) == 1, "the slots are free again"
+
+
+def test_deadline_that_is_kept_changes_nothing(cluster: LocalCluster) -> None:
+    job = cluster.queue().map(abs, range(10), deadline=60)
+    assert job.results(LIMIT) == list(range(10))
+    assert job.state is JobState.SUCCEEDED
