@@ -10,12 +10,13 @@ import msgspec
 import pytest
 import stacks
 
-from yadtq_nb import codec
+from yadtq_nb import codec, journal
 from yadtq_nb.config import Config
 from yadtq_nb.errors import SignatureError, WorkbenchError
-from yadtq_nb.model import ChunkHead, Environment, Lease, Manifest, Retry, Seal, Segment, WorkerInfo
+from yadtq_nb.model import Cancel, ChunkHead, Environment, Lease, Manifest, Retry, Seal, Segment, WorkerInfo
 from yadtq_nb.workbench.bench import Batch, Cursor, NotLiveError, Share, Workbench
 from yadtq_nb.workbench.jobs import JobStore
+from yadtq_nb.worker.restore import restore_jobs
 
 TOPIC = "topic-1"
 LEASE = 0.4
@@ -457,3 +458,94 @@ def test_lease_that_lapses_leaves_those_that_wait_waiting(bench: Bench) -> None:
     assert bench.finish("b", again, b"S", first=1) == "current"
     assert bench.node("b").release(again)
     assert bench.node("b").take(1)[0] == []
+
+
+# Cancel: one entry ends the job, and nothing of it holds up the queue.
+
+
+def test_cancel_is_the_outcome_of_every_task_that_has_none(bench: Bench) -> None:
+    leases = bench.feed(*(bench.head(n, count=2) for n in range(4)), free=2)
+    bench.store.seal(Seal("job", 8))
+    bench.finish("a", leases[0])
+    assert bench.store.cancel(Cancel("job")) == 7
+    assert bench.store.cancel(Cancel("job")) == 0, "sent twice"
+    assert bench.node("a").take(9) == ([], None)
+    assert bench.lost("a", *leases) == ["job:0", "job:1"], "so that their node stops them"
+    assert bench.finish("a", leases[1], b"SS") == "closed"
+    record = bench.store.record("job")
+    assert record is not None
+    assert (record.succeeded, record.cancelled, record.running, record.total) == (1, 7, 0, 8)
+    assert record.ended is not None
+    assert bench.node("a").open_chunks() == 0
+    (share,) = [share for share in bench.beat("a", polls=True) if share.partition == 0]
+    assert share.low == Cursor(TOPIC, 4), "nothing of it holds up the commit"
+
+
+def test_outcome_that_comes_after_a_cancel_is_dropped(bench: Bench) -> None:
+    (lease,) = bench.feed(bench.head(0, count=2), free=1)
+    bench.store.seal(Seal("job", 2))
+    bench.store.cancel(Cancel("job"))
+    assert bench.finish("a", lease, b"SS") == "closed"
+    record = bench.store.record("job")
+    assert record is not None
+    assert (record.succeeded, record.cancelled, record.late, record.running) == (0, 2, 2, 0)
+
+
+def test_chunks_of_a_cancelled_job_that_come_from_kafka_later_are_passed_by(bench: Bench) -> None:
+    bench.store.create(Manifest("job", "job", "fn", 1.0, 3))
+    bench.feed(bench.head(0))
+    bench.store.cancel(Cancel("job"))
+    assert bench.feed(bench.head(1), bench.head(2), free=2) == []
+    bench.store.seal(Seal("job", 3))
+    record = bench.store.record("job")
+    assert record is not None
+    assert (record.cancelled, record.total) == (3, 3)
+    (share,) = [share for share in bench.beat("a", polls=True) if share.partition == 0]
+    assert share.low == Cursor(TOPIC, 3)
+
+
+def test_chunk_of_a_cancelled_job_that_waits_for_a_retry_or_whose_node_died_never_runs(bench: Bench) -> None:
+    waiting, lapsing = bench.feed(bench.head(0), bench.head(1), free=2)
+    bench.node("a").retry(waiting, [Retry(0, 1, 0.2, "boom")])
+    bench.node("a").release(waiting)
+    bench.store.cancel(Cancel("job"))
+    bench.node("b").reap("a")
+    assert bench.lost("b", lapsing) == ["job:1"]
+    bench.beat("b")
+    gone = time.monotonic() + 0.4
+    wait_until(lambda: time.monotonic() > gone)
+    bench.node("b").reap()
+    bench.beat("b")
+    assert bench.node("b").take(9) == ([], None)
+    assert bench.node("b").open_chunks() == 0
+
+
+def test_cancel_takes_only_its_own_job_out_of_the_line(bench: Bench) -> None:
+    bench.feed(bench.head(0), bench.head(0, job="job2"), bench.head(1), bench.head(1, job="job2"))
+    bench.store.cancel(Cancel("job"))
+    assert [lease.head.id for lease in bench.node("a").take(9)[0]] == ["job2:0", "job2:1"]
+
+
+def test_cancel_survives_a_wipe_by_the_journal(bench: Bench) -> None:
+    entries = [
+        journal.encode(bench.config.key, entry) for entry in (Manifest("job", "sweep", "fn", 1.0, 5), Cancel("job"))
+    ]
+    restore_jobs(bench.config, bench.queue, entries)
+    assert bench.feed(bench.head(0), free=1) == []
+    record = bench.store.record("job")
+    assert record is not None
+    assert (record.cancel, record.cancelled) == ("cancelled", 5)
+
+
+def test_deadline_is_kept_by_whoever_reaps(bench: Bench) -> None:
+    now = bench.store.now()
+    bench.store.create(Manifest("job", "late", "fn", 1.0, 1, deadline=now + 0.2))
+    bench.store.create(Manifest("job2", "early", "fn", 1.0, 1, deadline=now + 60))
+    bench.feed(bench.head(0))
+    gone = time.monotonic() + 0.3
+    wait_until(lambda: time.monotonic() > gone)
+    bench.node("b").reap()
+    late, early = bench.store.record("job"), bench.store.record("job2")
+    assert late is not None
+    assert early is not None
+    assert (late.cancel, late.cancelled, early.cancel) == ("deadline", 1, "")
