@@ -165,3 +165,51 @@ def test_deadline_that_is_kept_changes_nothing(cluster: LocalCluster) -> None:
     job = cluster.queue().map(abs, range(10), deadline=60)
     assert job.results(LIMIT) == list(range(10))
     assert job.state is JobState.SUCCEEDED
+
+
+def test_single_tasks_are_cancelled_wherever_they_are(make_cluster: MakeCluster, tmp_path: Path) -> None:
+    cluster = make_cluster(slots=1, workers=1, settings={"watermark_chunks": 3})
+    audit = tmp_path / "audit"
+
+    def slow(x: int) -> int:
+        write(audit, x)
+        time.sleep(60 if x == 0 else 0.05)
+        return x
+
+    queue = cluster.queue()
+    blocked = queue.map(slow, [0, 1, 2], chunksize=3)
+    when(lambda: lines(audit) == ["0"])
+    behind = queue.map(slow, range(100, 130), chunksize=2)
+    # One runs, one is to run in the same slot, one lies on the workbench or in Kafka.
+    assert blocked[0].cancel()
+    assert blocked[2].cancel()
+    assert blocked[0].cancelled()
+    assert behind[5].cancel()
+    assert behind[29].cancel()
+    assert behind.cancel_tasks([28, 28, 29]) == [28]
+    assert blocked[1].result(LIMIT) == 1
+    with pytest.raises(CancelledError, match="task 5 was cancelled"):
+        behind.results(LIMIT)
+    kept = [x for x in range(30) if x not in (5, 28, 29)]
+    assert behind.results(LIMIT, errors="skip") == [100 + x for x in kept]
+    assert sorted(map(int, lines(audit))) == [0, 1, *(100 + x for x in kept)]
+    assert not behind[7].cancel(), "it has its outcome"
+    assert behind[7].result() == 107
+    progress = behind.progress
+    assert (progress.succeeded, progress.cancelled, progress.queued, progress.running) == (27, 3, 0, 0)
+    frame = behind.to_frame()
+    assert frame.index[frame.state == "cancelled"].tolist() == [5, 28, 29]
+    assert len(list(behind.as_completed())) == 30
+    attached = cluster.queue().job(behind.id)
+    assert attached[28].cancelled() or isinstance(attached[28].exception(LIMIT), CancelledError)
+    assert attached.results(errors="skip") == behind.results(errors="skip")
+
+
+def test_future_of_a_submit_can_be_cancelled(cluster: LocalCluster, tmp_path: Path) -> None:
+    audit = tmp_path / "audit"
+    queue = cluster.queue()
+    future = queue.submit(lambda: (write(audit, 1), time.sleep(60)))
+    when(lambda: lines(audit))
+    assert future.cancel()
+    when(future.cancelled)
+    assert queue.submit(abs, -1).result(LIMIT) == 1

@@ -10,13 +10,14 @@ import bisect
 import contextlib
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import CancelledError, Future, InvalidStateError
 from typing import Any, Final
 
 from yadtq_nb import codec, errors
 from yadtq_nb.errors import FormatError, JobCancelledError, JobError, RemoteTraceback, ResultPickleError, TaskError
-from yadtq_nb.model import STATE_OF_CODE, ErrorInfo, State
+from yadtq_nb.model import STATE_OF_CODE, ErrorInfo, Segment, State
 from yadtq_nb.workbench.jobs import Stored
 
 _SUCCEEDED: Final = ord("S")
@@ -25,10 +26,11 @@ _SUCCEEDED: Final = ord("S")
 class Failure:
     """Stands where a task has no value; no task can return one."""
 
-    __slots__ = ("info",)
+    __slots__ = ("cancelled", "info")
 
-    def __init__(self, info: ErrorInfo | None) -> None:
+    def __init__(self, info: ErrorInfo | None, *, cancelled: bool = False) -> None:
         self.info = info
+        self.cancelled = cancelled
 
 
 class Outcomes:
@@ -91,6 +93,34 @@ class Outcomes:
                 yield index, position, value
 
 
+class Dropped(Outcomes):
+    """Tasks that were cancelled one by one: an outcome that the queue keeps without a segment."""
+
+    def __init__(self, job: str, indices: Sequence[int]) -> None:
+        nothing = array("d", [float("nan")] * len(indices)).tobytes()
+        self.segment = Segment(
+            job=job,
+            number=-1,
+            first=indices[0],
+            count=len(indices),
+            scattered=array("I", indices).tobytes(),
+            states=b"C" * len(indices),
+            errors={},
+            started=nothing,
+            seconds=nothing,
+            worker="",
+            attempts=dict.fromkeys(indices, 0),
+        )
+        self._mask = b""
+        self._values = []
+        self._unreadable = False
+
+    def rows(self) -> Iterator[tuple[int, int, Any]]:
+        """See Outcomes.rows."""
+        for position, index in enumerate(self.segment.indices()):
+            yield index, position, Failure(None, cancelled=True)
+
+
 class Table:
     """Outcomes by index, column by column: what a DataFrame is made from."""
 
@@ -146,6 +176,7 @@ class Board:
         self._scattered: dict[int, tuple[Outcomes, int]] = {}
         self._futures: dict[int, Future[Any]] = {}
         self._waiters: list[tuple[int, Future[None]]] = []
+        self._dropped: set[int] = set()
         self._first_failed: int | None = None
         #: Tasks with an outcome, as the news has told.
         self.done = 0
@@ -188,12 +219,22 @@ class Board:
         Raises:
             CodecError: they cannot be read.
         """
-        outcomes = Outcomes(self._secret, self.job, stored)
+        self._put(stored.field, Outcomes(self._secret, self.job, stored))
+
+    def drop(self, indices: Sequence[int]) -> None:
+        """Note tasks that were cancelled one by one."""
         with self._changed:
-            if stored.field in self._segments:
+            fresh = [index for index in indices if index not in self._dropped]
+            self._dropped.update(fresh)
+        if fresh:
+            self._put(f"dropped-{fresh[0]}", Dropped(self.job, fresh))
+
+    def _put(self, field: str, outcomes: Outcomes) -> None:
+        with self._changed:
+            if field in self._segments:
                 return
-            self._segments[stored.field] = outcomes
-            if self.told.pop(stored.field, None) is None:
+            self._segments[field] = outcomes
+            if self.told.pop(field, None) is None:
                 self.done += len(outcomes.indices())
             self._order.append(outcomes)
             self._index(outcomes)
@@ -259,7 +300,8 @@ class Board:
             self._by_start.insert(place, outcomes)
         if segment.errors:
             counted = set(outcomes.indices())
-            failed = min((index for index in segment.errors if index in counted), default=None)
+            codes = zip(segment.indices(), segment.states, strict=True)
+            failed = min((i for i, code in codes if code != _SUCCEEDED and i in counted), default=None)
             if failed is not None and (self._first_failed is None or failed < self._first_failed):
                 self._first_failed = failed
 
@@ -399,6 +441,11 @@ def _release(waiters: Sequence[Future[None]]) -> None:
             waiter.set_result(None)
 
 
+def cancelled(index: int) -> CancelledError:
+    """Return what stands for the outcome of a task that was cancelled, as in the standard library."""
+    return CancelledError(f"task {index} was cancelled")
+
+
 def revive(info: ErrorInfo | None, index: int) -> BaseException:
     """Bring a task's exception back as itself, with the remote traceback as its cause.
 
@@ -433,14 +480,14 @@ def _settle(future: Future[Any], index: int, value: Any) -> None:
     if future.done():
         return
     if isinstance(value, Failure):
-        _fail(future, revive(value.info, index))
+        _fail(future, cancelled(index) if value.cancelled else revive(value.info, index))
     else:
         with contextlib.suppress(InvalidStateError):
             future.set_result(value)
 
 
 def _fail(future: Future[Any], error: BaseException) -> None:
-    if isinstance(error, JobCancelledError):
+    if isinstance(error, JobCancelledError | CancelledError):
         # Not TaskFuture.cancel, which asks the queue.
         if Future.cancel(future):
             future.set_running_or_notify_cancel()

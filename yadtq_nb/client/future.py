@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ class _Owner(Protocol):
 
     def want(self) -> None: ...
     def task_state(self, index: int) -> State: ...
+    def cancel_tasks(self, indices: Iterable[int]) -> list[int]: ...
 
 
 class TaskFuture(Future[Any]):
@@ -39,8 +41,14 @@ class TaskFuture(Future[Any]):
         return self.job.task_state(self.index)
 
     def cancel(self) -> bool:
-        """Return False: a task that was sent cannot be taken back yet."""
-        return False
+        """Cancel the task on the queue, whether it waits or runs. False when it has its outcome already.
+
+        Raises:
+            BacklogError, WorkbenchError: Kafka or Redis cannot be reached.
+        """
+        if self.cancelled():
+            return True
+        return not self.done() and bool(self.job.cancel_tasks([self.index]))
 
     def __repr__(self) -> str:
         return f"<TaskFuture {self.key} {self.state}>"

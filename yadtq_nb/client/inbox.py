@@ -146,6 +146,8 @@ class Inbox:
             board = self._boards.get(entry.job)
             if board is None:
                 continue
+            if entry.dropped:
+                board.drop(entry.dropped)
             if entry.field and entry.frame is not None and board.wanted:
                 self._put(board, Stored(entry.field, entry.frame, b""))
             elif entry.field:
@@ -209,6 +211,8 @@ class Inbox:
             self._doubt(board)
             return
         self._last_known[board.job] = time.monotonic()
+        if record.cancelled and not record.cancel:
+            board.drop(self._store.dropped(board.job))
         board.count(record.done)
         if record.ended is not None:
             self._end(board, stopped(record.name, record.cancel) if record.cancel else None)

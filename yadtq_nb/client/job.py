@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, overload
 
 from yadtq_nb import codec
-from yadtq_nb.client.board import Board, Failure, Outcomes, revive
+from yadtq_nb.client.board import Board, Failure, Outcomes, cancelled, revive
 from yadtq_nb.client.future import TaskFuture
 from yadtq_nb.client.inbox import Inbox, job_state
 from yadtq_nb.errors import JobCancelledError, JobIncompleteError, JobTimeoutError, YadtqError
@@ -184,11 +184,13 @@ class Job(Sequence[Future[Any]]):
             return [value for value in found if not isinstance(value, Failure)]
         if errors == "raise":
             index = next(i for i, value in enumerate(found) if isinstance(value, Failure))
-            raise revive(found[index].info, index)
+            raise self._error(found[index], index)
         return [self._error(v, i) if isinstance(v, Failure) else v for i, v in enumerate(found)]
 
     def _error(self, failure: Failure, index: int) -> BaseException:
         ended = self._board.failure
+        if failure.cancelled:
+            return cancelled(index)
         return ended if failure.info is None and ended is not None else revive(failure.info, index)
 
     def _highest(self) -> int:
@@ -208,6 +210,24 @@ class Job(Sequence[Future[Any]]):
             BacklogError, WorkbenchError: Kafka or Redis cannot be reached.
         """
         return self._link.cancel(self.id)
+
+    def cancel_tasks(self, indices: Iterable[int]) -> list[int]:
+        """Cancel single tasks, as cancel() does with all; returns the indices of those that had no outcome yet.
+
+        The futures of these are cancelled. A chunk-mate that ran in the same slot may be run once more.
+
+        Raises:
+            IndexError: the job has no such task.
+            BacklogError, WorkbenchError: Kafka or Redis cannot be reached.
+        """
+        wanted = [range(len(self))[index] for index in indices]
+        if not wanted:
+            return []
+        if len(wanted) == len(self) == 1:
+            return wanted if self.cancel() else []
+        dropped = self._link.store.drop(self.id, wanted)
+        self._board.drop(dropped)
+        return dropped
 
     def as_completed(self) -> Completed:
         """Return the futures in order of completion, for both `for` and `async for`."""

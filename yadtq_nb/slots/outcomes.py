@@ -51,6 +51,8 @@ class Outcomes:
         self.marks: list[float] = []
         self.spans: list[tuple[float, float]] | None = None
         self.offsets = ()
+        #: True when the node wanted no more of its tasks to be started.
+        self.held = False
         #: What is to be tried again, by offset.
         self.again: dict[int, Retry] = {}
         self.policy = Policy()
@@ -76,6 +78,11 @@ class Outcomes:
             with contextlib.suppress(Exception):  # an error that takes no notes
                 error.add_note(note)
         self.failures[offset] = info(error, self.environment)
+
+    def hold(self) -> None:
+        """Note that the tasks which have not begun will not be run here."""
+        self.held = True
+        self.offsets = self.offsets[: len(self.values)]
 
     def timeout(self, offset: int) -> errors.TaskTimeoutError:
         """Return the error of a task that has taken too long."""
@@ -179,7 +186,9 @@ class Outcomes:
             attempts=self._attempts(offsets),
         )
         packed = b"" if consecutive else array("I", offsets).tobytes()
-        return Report(first, count, packed, states, last, tuple(again), last and bool(self.again)), segment
+        return Report(
+            first, count, packed, states, last, tuple(again), last and (bool(self.again) or self.held)
+        ), segment
 
     def _times(self, start: int, stop: int, offsets: Sequence[int]) -> tuple[array[float], array[float]]:
         epoch = self._epoch

@@ -30,7 +30,7 @@ from yadtq_nb.model import Environment, Lease, Retry
 from yadtq_nb.slots import processes, wire
 from yadtq_nb.slots.child import Child, bound, size, tail
 from yadtq_nb.slots.launch import Launcher, launcher
-from yadtq_nb.slots.wire import LEAVE, NO_OFFSET, Note, Order, Report, Setup
+from yadtq_nb.slots.wire import GO_ON, HOLD, LEAVE, NO_OFFSET, Note, Order, Report, Setup
 
 #: How often logs are looked at, in seconds.
 _LOG_EVERY: Final = 1.0
@@ -75,6 +75,8 @@ class Died(msgspec.Struct, frozen=True):
     ran: bool = True
     #: Offset of the task that took too long, so that the slot was killed.
     timed_out: int | None = None
+    #: True when it was told to end, so that no task is to blame.
+    told: bool = False
 
 
 SlotEvent: TypeAlias = Outcomes | Died
@@ -182,7 +184,7 @@ class SlotPool:
                 self.wake()
                 return
             slot.lease, slot.environment, slot.used = lease, slot.environment or head.environment, time.monotonic()
-            slot.progress[0] = NO_OFFSET
+            slot.progress[0], slot.progress[1] = NO_OFFSET, GO_ON
             slot.seen, slot.timed_out = None, None
             slot.log_start = size(slot.log)
             slot.sending.acquire()
@@ -246,6 +248,13 @@ class SlotPool:
                     slot.doomed = True
                     if slot.pid:
                         processes.kill(slot.pid, group=True)
+
+    def hold(self, chunk_id: str) -> None:
+        """Have the slot of a chunk stop after the task that runs; the rest comes back unfinished. Thread-safe."""
+        with self._lock:
+            for slot in self._slots.values():
+                if slot.lease and slot.lease.head.id == chunk_id and not slot.doomed:
+                    slot.progress[1] = HOLD
 
     def terminate(self, chunk_id: str, grace: float) -> None:
         """Have the slot that runs a chunk end: SIGTERM raises SystemExit in its task, SIGKILL follows. Thread-safe."""
@@ -384,7 +393,9 @@ class SlotPool:
             self._slots.pop(slot.serial, None)
             self._retire(slot)
             offset, late = (slot.offset(), slot.timed_out) if slot.lease else (None, None)
-            self._events.append(Died(slot.lease, offset, reason, tail(slot), timed_out=late))
+            self._events.append(
+                Died(slot.lease, offset, reason, tail(slot), timed_out=late, told=slot.kill_at is not None)
+            )
 
     def _restart_later(self) -> None:
         """The template has died, and all slots with it."""

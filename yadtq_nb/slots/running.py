@@ -53,6 +53,9 @@ def run_each(
     for _ in range(len(broken) + 1):
         mark(clock())
     for offset in todo:
+        if progress[1]:  # anything but GO_ON
+            outcomes.hold()
+            break
         progress[0] = offset
         try:
             keep(step())
@@ -92,6 +95,9 @@ def run_together(
 
     async def work() -> None:
         for offset in waiting:
+            if progress[1]:
+                outcomes.held = True
+                return
             began = perf_counter()
             # A task of its own: its context variables and its cancellations are not those of its neighbours.
             value, error = await loop.create_task(attempt(offset))

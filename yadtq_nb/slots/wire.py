@@ -19,8 +19,10 @@ Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
 #: Value of a slot's progress cell while it has not begun with a task.
 NO_OFFSET: Final = 0xFFFFFFFF
-#: Value of the cell beside it once the slot is to end.
-LEAVE: Final = 1
+#: Values of the cell beside it: nothing is wanted; the slot is to stop after the task that runs; it is to end.
+GO_ON: Final[int] = 0
+HOLD: Final[int] = 1
+LEAVE: Final[int] = 2
 #: Bytes of the memory that a slot shares with its pool.
 PROGRESS_SIZE: Final = 8
 #: Longest Note, in bytes.

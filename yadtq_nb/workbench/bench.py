@@ -78,6 +78,8 @@ class Heard(msgspec.Struct, frozen=True):
     shares: list[Share]
     #: Chunks that wait for a free slot anywhere.
     ready: int
+    #: Id of a chunk -> offsets of its tasks that were cancelled.
+    dropped: dict[str, list[int]] = {}
 
 
 class NotLiveError(Exception):
@@ -236,7 +238,7 @@ class Workbench:
             WorkbenchError: Redis cannot be reached.
         """
         named = [[lease.head.id, str(lease.token), offset] for lease, offset in leases]
-        lost, marks, ready = self._redis.call(
+        lost, marks, ready, dropped = self._redis.call(
             "beat",
             self._node,
             _pack(info),
@@ -246,7 +248,8 @@ class Workbench:
             _pack(named),
         )
         shares = [Share(int(p), Cursor.parse(cursor), Cursor.parse(low)) for p, cursor, low in marks]
-        return Heard([id.decode() for id in lost], shares, int(ready))
+        cancelled = {id.decode(): list(map(int, offsets)) for id, offsets in dropped}
+        return Heard([id.decode() for id in lost], shares, int(ready), cancelled)
 
     def reap(self, dead: str = "") -> list[tuple[str, str]]:
         """Return chunks of lapsed leases to the line: (chunk, node that had it). dead: a node known to be gone.

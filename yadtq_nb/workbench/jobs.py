@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import bisect
+import struct
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -14,6 +16,8 @@ from yadtq_nb.model import CallStyle, Cancel, Manifest, Seal, WorkerInfo, Worker
 from yadtq_nb.workbench.bench import Cursor
 from yadtq_nb.workbench.connection import Connection
 
+#: Number, first index and count of a chunk, as feed notes them.
+_SPAN: Final = struct.Struct("<III")
 #: Fields or keys fetched in one round trip.
 _PAGE: Final = 100
 #: Bytes at the start of a sealed blob that hold its signature.
@@ -80,6 +84,8 @@ class News(msgspec.Struct, frozen=True):
     ended: bool
     #: Why it was ended before its time, or "".
     cancel: str = ""
+    #: Indices of tasks that were cancelled one by one.
+    dropped: tuple[int, ...] = ()
 
 
 class Stored(msgspec.Struct, frozen=True):
@@ -146,6 +152,41 @@ class JobStore:
             WorkbenchError: Redis cannot be reached.
         """
         return int(self._redis.call("cancel", cancel.id, cancel.reason, int(self._config.keep)))
+
+    def drop(self, job: str, indices: Sequence[int]) -> list[int]:
+        """Cancel single tasks; returns the indices of those that had no outcome and have this one now.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached.
+        """
+        while True:
+            fed = self._fed(job)
+            places = self._places(job, indices)
+            tasks = [[*places.get(index, (-1, 0)), index] for index in indices]
+            status, dropped = self._redis.call("drop", job, int(self._config.keep), fed, _pack(tasks))
+            if status == b"ok":
+                return list(map(int, dropped))
+
+    def _fed(self, job: str) -> bytes:
+        with self._redis.use() as client:
+            return client.hget(self._key(job), "fed") or b"0"
+
+    def _places(self, job: str, indices: Sequence[int]) -> dict[int, tuple[int, int]]:
+        """Return the chunk's number and the offset in it of tasks that have reached the workbench."""
+        with self._redis.use() as client:
+            packed = client.get(self._key(job, "spans")) or b""
+        if not packed:
+            return {}
+        wanted, places = sorted(set(indices)), {}
+        for number, first, count in _SPAN.iter_unpack(packed):
+            for at in range(bisect.bisect_left(wanted, first), bisect.bisect_left(wanted, first + count)):
+                places[wanted[at]] = (number, wanted[at] - first)
+        return places
+
+    def dropped(self, job: str) -> list[int]:
+        """Return the indices of tasks that were cancelled one by one."""
+        with self._redis.use() as client:
+            return sorted(map(int, client.smembers(self._key(job, "dropped"))))
 
     def say_sending(self, job: str) -> None:
         """Tell that this client still sends the job's items; holds for SENDER_LEASE seconds."""
@@ -320,6 +361,7 @@ def _news(fields: dict[bytes, bytes]) -> News:
         fields.get(b"b"),
         fields[b"e"] == b"1",
         fields.get(b"c", b"").decode(),
+        tuple(map(int, msgspec.msgpack.decode(fields[b"s"]))) if b"s" in fields else (),
     )
 
 

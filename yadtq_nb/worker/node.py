@@ -328,7 +328,7 @@ class Node:
         offset = next((o for o in range(lease.head.count) if o not in lease.done), 0)
         offset = event.offset if event.offset is not None else offset
         times = lease.crashes.get(offset, 0) + 1
-        if not event.ran:
+        if not event.ran or event.told:
             self._outbox.append(lambda: self._bench.release(lease))
         elif event.timed_out is not None:
             self._end_late(lease, event.timed_out)
@@ -403,6 +403,7 @@ class Node:
     def _hear(self, heard: Heard, marks: dict[int, Cursor]) -> None:
         self._feeder.share(heard.shares, marks)
         self._stop_lost(heard.lost)
+        self._stop_dropped(heard.dropped)
         if heard.ready and not self._may_take:
             self._may_take = True
             self.pool.wake()
@@ -416,6 +417,18 @@ class Node:
         for chunk in chunks:
             if chunk in running and running[chunk][0] is self._leases.get(chunk):
                 self.pool.terminate(chunk, _LEAVE)
+
+    def _stop_dropped(self, dropped: dict[str, list[int]]) -> None:
+        """Stop single tasks that were cancelled; those that have not begun are seen to by whoever takes the rest."""
+        running = self.pool.running() if dropped else {}
+        for chunk, offsets in dropped.items():
+            lease, offset = running.get(chunk, (None, -1))
+            if lease is None or lease is not self._leases.get(chunk) or lease.done.issuperset(offsets):
+                continue
+            if offset in offsets and not lease.head.concurrent:
+                self.pool.terminate(chunk, _LEAVE)
+            elif max(offsets) > offset or lease.head.concurrent:
+                self.pool.hold(chunk)
 
     def _tell_reaped(self, lapsed: list[tuple[str, str]]) -> None:
         for chunk, node in lapsed:

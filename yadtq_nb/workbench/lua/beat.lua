@@ -4,7 +4,7 @@
 -- ARGV: node, info, lease, number of partitions, '1' if its feeder polls, leases (packed {{id, token, offset}...}).
 local node, info, lease, partitions, polls = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5] == '1'
 local now = server_time()
-local lost = {}
+local lost, dropped = {}, {}
 
 redis.call('ZADD', key('beats'), now, node)
 redis.call('HSET', key('nodes'), node, info)
@@ -16,6 +16,9 @@ for _, named in ipairs(cmsgpack.unpack(ARGV[6])) do
     revoke(named[1], chunk)
     forget(named[1], chunk)
     held = false
+  end
+  if held and chunk.dropped then
+    dropped[#dropped + 1] = {named[1], chunk.dropped}
   end
   if held then
     redis.call('ZADD', key('leases'), now + lease, named[1])
@@ -72,4 +75,4 @@ for i, p in ipairs(owned) do
   end
   marks[i] = {p, cursor, low}
 end
-return {lost, marks, redis.call('LLEN', key('ready'))}
+return {lost, marks, redis.call('LLEN', key('ready')), dropped}

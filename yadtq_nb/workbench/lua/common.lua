@@ -24,7 +24,8 @@ end
 
 -- An open chunk: job, number, first, count, weight (of the job's running counter), size (bytes), left, seq,
 -- done ('' or one '0'/'1' a task), owner, token, lapses, crashes (offset -> times), positions in Kafka; once a task was
--- to be tried again: tries (offset -> times), due (offset -> when), notes (offset -> what it raised, attempt by attempt).
+-- to be tried again: tries (offset -> times), due (offset -> when), notes (offset -> what it raised, attempt by attempt);
+-- once some of its tasks were cancelled: dropped (their offsets).
 local function read_chunk(id)
   local packed = redis.call('HGET', key('open'), id)
   return packed and cmsgpack.unpack(packed)
@@ -127,7 +128,7 @@ end
 local function end_job(job, now, keep)
   local name = job_key(job)
   redis.call('HSET', name, 'ended', string.format('%.6f', now))
-  for _, part in ipairs({'in', 'out', 'finished', 'failed'}) do
+  for _, part in ipairs({'in', 'out', 'finished', 'failed', 'dropped', 'spans'}) do
     redis.call('EXPIRE', job_key(job, part), keep)
   end
   redis.call('EXPIRE', name, keep)
@@ -204,5 +205,30 @@ local function end_if_complete(job, now, keep)
     return false
   end
   end_job(job, now, keep)
+  return true
+end
+
+-- Every task of a chunk has its outcome. The caller looks whether its job has ended with it.
+local function close_chunk(id, chunk, keep)
+  if chunk.owner then
+    revoke(id, chunk)
+  elseif redis.call('LREM', key('ready'), 1, id) == 1 then
+    redis.call('DECRBY', key('ready_bytes'), chunk.size)
+  end
+  forget(id, chunk)
+  redis.call('SETBIT', job_key(chunk.job, 'finished'), chunk.number, 1)
+  redis.call('EXPIRE', job_key(chunk.job, 'finished'), keep * 4)
+end
+
+-- The outcome of one task becomes that it was cancelled. True unless it has one already.
+local function drop_task(chunk, offset)
+  local done = chunk.done ~= '' and chunk.done or string.rep('0', chunk.count)
+  if done:byte(offset + 1) ~= 48 then
+    return false
+  end
+  chunk.done = done:sub(1, offset) .. '1' .. done:sub(offset + 2)
+  chunk.left = chunk.left - 1
+  chunk.dropped = chunk.dropped or {}
+  chunk.dropped[#chunk.dropped + 1] = offset
   return true
 end

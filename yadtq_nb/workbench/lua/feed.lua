@@ -22,8 +22,8 @@ local function job_of(c)
   local job = jobs[c[1]]
   if not job then
     local name = job_key(c[1])
-    local f = redis.call('HMGET', name, 'id', 'ended')
-    job = {name = name, known = f[1], ended = f[2], bytes = 0, fed = 0, running = 0}
+    local f = redis.call('HMGET', name, 'id', 'ended', 'cancelled')
+    job = {name = name, known = f[1], ended = f[2], dropped = f[3], bytes = 0, fed = 0, running = 0, spans = ''}
     jobs[c[1]] = job
     if not job.known then
       redis.call('HSET', name, 'id', c[1], 'name', c[7], 'function', c[8], 'total', c[9], 'created', c[10], 'style', c[11], 'sealed', c[9] >= 0 and 1 or 0)
@@ -43,6 +43,9 @@ local function count_jobs()
       end
       if redis.call('HINCRBY', job.name, 'fed', job.fed) == job.fed then
         redis.call('EXPIRE', job_key(id, 'in'), keep * 4)
+        redis.call('SET', job_key(id, 'spans'), job.spans, 'EX', keep * 4)
+      else
+        redis.call('APPEND', job_key(id, 'spans'), job.spans)
       end
     end
   end
@@ -51,10 +54,23 @@ end
 local function add(id, c, job, position, data)
   redis.call('HSET', job_key(c[1], 'in'), c[2], data)
   job.bytes, job.fed = job.bytes + #data, job.fed + c[4]
+  job.spans = job.spans .. struct.pack('<I4I4I4', c[2], c[3], c[4])
   local chunk = {
     job = c[1], number = c[2], first = c[3], count = c[4], weight = c[5], size = #data,
     left = c[4], seq = 0, done = '', lapses = 0, crashes = {}, positions = {position},
   }
+  if job.dropped then
+    -- Some of its tasks were cancelled while they lay in Kafka.
+    for offset = 0, c[4] - 1 do
+      if redis.call('SISMEMBER', job_key(c[1], 'dropped'), c[3] + offset) == 1 then
+        drop_task(chunk, offset)
+      end
+    end
+    if chunk.left == 0 then
+      close_chunk(id, chunk, keep)
+      return
+    end
+  end
   if c[12] > now then
     chunk.due = {}
     for offset = 0, c[4] - 1 do
@@ -63,7 +79,7 @@ local function add(id, c, job, position, data)
     write_chunk(id, chunk)
     wait_until(id, c[12])
     added = true
-  elseif free > 0 then
+  elseif free > 0 and not chunk.dropped then
     free, job.running = free - 1, job.running + chunk.weight
     leases[#leases + 1] = {id, grant(id, chunk, node, now + lease)}
   else
@@ -94,6 +110,8 @@ for g, group in ipairs(groups) do
       local job = job_of(c)
       local finished = job.ended or (job.known and redis.call('GETBIT', job_key(c[1], 'finished'), c[2]) == 1)
       if not finished then
+        -- First: a chunk that closes at once takes it away again.
+        redis.call('ZADD', key('position:' .. topic .. ':' .. partition), c[6], c[6])
         local open = read_chunk(id)
         if open then
           -- A producer's retry, or fed again after a wipe: the outcome will close every position.
@@ -102,7 +120,6 @@ for g, group in ipairs(groups) do
         else
           add(id, c, job, position, ARGV[record])
         end
-        redis.call('ZADD', key('position:' .. topic .. ':' .. partition), c[6], c[6])
       end
     end
   end

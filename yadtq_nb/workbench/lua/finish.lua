@@ -85,16 +85,7 @@ local answer = current and 'current' or 'lapsed'
 if chunk.left > 0 then
   write_chunk(id, chunk)
 else
-  if chunk.owner then
-    revoke(id, chunk)
-  else
-    if redis.call('LREM', key('ready'), 1, id) == 1 then
-      redis.call('DECRBY', key('ready_bytes'), chunk.size)
-    end
-  end
-  forget(id, chunk)
-  redis.call('SETBIT', job_key(chunk.job, 'finished'), chunk.number, 1)
-  redis.call('EXPIRE', job_key(chunk.job, 'finished'), keep * 4)
+  close_chunk(id, chunk, keep)
   answer = 'closed'
 end
 local ended = end_if_complete(chunk.job, now, keep) and 1 or 0
