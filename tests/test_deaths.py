@@ -228,3 +228,36 @@ def _run(script: str, config: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(file)], env=environment, capture_output=True, text=True, timeout=60, check=False
     )
+
+
+def test_node_that_is_asked_to_stop_ends_its_task_and_hands_back_the_rest(
+    make_cluster: MakeCluster, tmp_path: Path
+) -> None:
+    cluster = make_cluster(slots=1, workers=2, restart=False)
+    audit = tmp_path / "audit"
+
+    def slow(x: int) -> int:
+        with audit.open("a") as file:
+            file.write(f"{x} {os.getppid()}\n")
+        time.sleep(0.4)
+        return x * x
+
+    job = cluster.queue().map(slow, range(12), chunksize=12)
+    wait_until(lambda: len(runs(audit)) == 2, "a second task runs")
+    template = runs(audit)[0][1]
+    node = next(worker for worker in cluster.workers if template in [p.pid for p in descendants(worker.pid)])
+    asked = time.monotonic()
+    os.kill(node.pid, signal.SIGTERM)
+    wait_until(lambda: not psutil.pid_exists(node.pid) or not node_runs(node.pid), "the node has ended")
+    assert time.monotonic() - asked < 4, "less than its grace, let alone than the chunk takes"
+    check_outcomes(job.results(timeout=30), 12, job.progress.succeeded)
+    assert Counter(x for x, _ in runs(audit)) == Counter(range(12)), "each has run once"
+    assert len({template for _, template in runs(audit)}) == 2
+    assert job.to_frame().attempt.tolist() == [1] * 12
+
+
+def node_runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

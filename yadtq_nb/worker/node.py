@@ -185,6 +185,10 @@ class Node:
         while not (self._stopping.is_set() and (self._is_idle() or time.monotonic() >= self._stop_at)):
             if (self._may_take or time.monotonic() >= self._due_at) and not self._stopping.is_set():
                 self._take()
+            if self._stopping.is_set():
+                # What runs may end; what has not begun is given back, for others to run.
+                for chunk in self.pool.running():
+                    self.pool.hold(chunk)
             wait = _PAUSE if self._outbox or self._stopping.is_set() else min(60.0, self._due_in())
             for event in self.pool.poll(wait):
                 if isinstance(event, Outcomes):
