@@ -20,6 +20,8 @@ class State(enum.StrEnum):
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
+    #: Its outcome, or its record, was lost with a server's data; job.retry() brings it back.
+    LOST = "lost"
 
 
 #: One byte for each final state, as outcomes carry it.
@@ -27,6 +29,7 @@ STATE_CODES: dict[State, int] = {
     State.SUCCEEDED: ord("S"),
     State.FAILED: ord("F"),
     State.CANCELLED: ord("C"),
+    State.LOST: ord("L"),
 }
 STATE_OF_CODE: dict[int, State] = {code: state for state, code in STATE_CODES.items()}
 
@@ -42,7 +45,7 @@ class JobState(enum.StrEnum):
     FAILED = "failed"
     #: Someone has cancelled it, or its deadline has passed: tasks without an outcome never get one.
     CANCELLED = "cancelled"
-    #: The client died while it was sending: later items are missing.
+    #: Tasks are missing: the client died while it was sending, or a server has lost its data.
     INCOMPLETE = "incomplete"
 
 
@@ -275,6 +278,8 @@ class Progress(msgspec.Struct, frozen=True):
     eta: float | None
     #: Seconds since the job was made, until its end once it has ended.
     elapsed: float
+    #: Tasks whose outcome, or whose record, was lost with a server's data.
+    lost: int = 0
 
     @property
     def done(self) -> int:

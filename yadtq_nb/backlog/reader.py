@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from typing import Final
 
 import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from yadtq_nb.backlog.connection import TIMEOUT, Topic, jobs_topic, settings, translate_kafka_errors
+from yadtq_nb.backlog.connection import TIMEOUT, Topic, Topics, jobs_topic, settings, translate_kafka_errors
 from yadtq_nb.config import Config
 from yadtq_nb.errors import BacklogError
 
@@ -16,6 +17,8 @@ from yadtq_nb.errors import BacklogError
 #: it looks through them all, and gives up with nothing when that takes longer.
 _FETCH_WAITS: Final = ((500, 1), (3_000, 5), (10_000, 20), (50_000, 100))
 _LONGEST_WAIT: Final = 500
+#: Seconds without a record after which a replay has come to the end.
+_SILENCE: Final = 0.5
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -160,18 +163,52 @@ def replay_jobs(config: Config, queue: str) -> Iterator[tuple[str, bytes | None]
             if low >= high:
                 return
             consumer.assign([TopicPartition(jobs_topic(queue), 0, low)])
-            while True:
-                message = consumer.poll(TIMEOUT)
+            reached = low
+            while reached < high or config.reading == "wake":
+                message = consumer.poll(TIMEOUT if reached < high else _SILENCE)
                 # Not "if message": a tombstone has no value and so is false.
+                if message is None and reached >= high:
+                    return  # of batches of several records Tansu says a smaller end than it has
                 if message is None:
                     raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
                 if message.error() is None:
                     key, value = message.key(), message.value()
                     yield (key.decode() if isinstance(key, bytes) else str(key)), value
-                    if (message.offset() or 0) >= high - 1:
-                        return
+                    reached = (message.offset() or 0) + 1
         finally:
             consumer.close()
+
+
+def replay_tasks(config: Config, queue: str) -> Iterator[bytes]:
+    """Yield the records of the tasks topic that are still in the log, up to its present end.
+
+    Raises:
+        BacklogError: Kafka cannot be reached.
+    """
+    topics = Topics(config, queue)
+    topic = topics.ensure()
+    reader = Reader(config, queue, topic)
+    try:
+        positions = {partition: reader.log_start(partition) for partition in range(topic.partitions)}
+        ends = topics.ends(topic)
+        reader.assign(positions)
+        silent_since = time.monotonic()
+        while True:
+            records = reader.poll(_SILENCE, 500)
+            # Silence, too: of batches of several records Tansu says a smaller end than it has.
+            if not records and all(positions[partition] >= end for partition, end in ends.items()):
+                return
+            now = time.monotonic()
+            if records:
+                silent_since = now
+            elif now - silent_since > TIMEOUT:
+                raise BacklogError(f"Kafka at {config.kafka} does not give the tasks that it has")
+            for record in records:
+                positions[record.partition] = record.offset + 1
+                if record.value is not None:
+                    yield record.value
+    finally:
+        reader.close()
 
 
 def _passes_by_itself(error: KafkaError) -> bool:

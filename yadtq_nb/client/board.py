@@ -57,6 +57,14 @@ class Outcomes:
             return indices
         return [index for index, kept in zip(indices, self._mask, strict=True) if kept == ord("1")]
 
+    def leave_out(self, known: Callable[[int], bool]) -> bool:
+        """Have those not count that are known already; returns whether any is left."""
+        kept = set(self.indices())
+        fresh = [index in kept and not known(index) for index in self.segment.indices()]
+        if not all(fresh):
+            self._mask = bytes(ord("1") if count else ord("0") for count in fresh)
+        return any(fresh)
+
     def is_consecutive_success(self) -> bool:
         """Tell whether all tasks from first on succeeded and count: then values() is a slice of the results."""
         segment = self.segment
@@ -177,6 +185,8 @@ class Board:
         self._futures: dict[int, Future[Any]] = {}
         self._waiters: list[tuple[int, Future[None]]] = []
         self._dropped: set[int] = set()
+        #: True once the workbench may have forgotten what it had told: then outcomes may come a second time.
+        self._renewed = False
         self._first_failed: int | None = None
         #: Tasks with an outcome, as the news has told.
         self.done = 0
@@ -198,7 +208,7 @@ class Board:
         with self._changed:
             if field not in self._segments and field not in self.told:
                 self.told[field] = count
-                self.done += count
+                self.done += 0 if self._renewed else count
                 self._changed.notify_all()
         self._end_if_cut()
 
@@ -207,6 +217,21 @@ class Board:
         with self._changed:
             self.done = max(self.done, done)
         self._end_if_cut()
+
+    def renew(self) -> None:
+        """Keep the outcomes but not their names: Redis was restarted, and may give the names to others now."""
+        with self._changed:
+            self._renewed = True
+            self._segments = {}
+            self.told.clear()
+            self.done = self._held()
+
+    def holds(self, total: int) -> bool:
+        """Tell whether so many outcomes are here."""
+        return self._held() >= total
+
+    def _held(self) -> int:
+        return sum(len(outcomes.indices()) for outcomes in self._order)
 
     def missing(self, fields: Sequence[str]) -> list[str]:
         """Return those of the names that have not been put here yet."""
@@ -234,7 +259,11 @@ class Board:
             if field in self._segments:
                 return
             self._segments[field] = outcomes
-            if self.told.pop(field, None) is None:
+            if self._renewed and not outcomes.leave_out(lambda index: self._find(index) is not None):
+                self.told.pop(field, None)
+                self._changed.notify_all()
+                return
+            if self.told.pop(field, None) is None or self._renewed:
                 self.done += len(outcomes.indices())
             self._order.append(outcomes)
             self._index(outcomes)

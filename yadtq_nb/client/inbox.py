@@ -58,6 +58,7 @@ class Inbox:
         self._lock = threading.Lock()
         self._closing = False
         self._position = self._news.news_position()
+        self._life = self._news.run_id()
         self._thread = threading.Thread(target=self._run, name=f"yadtq-inbox-{queue}", daemon=True)
         self._thread.start()
 
@@ -159,6 +160,9 @@ class Inbox:
             if board.wanted:
                 self.fetch(board)
         for board, reason in ended:
+            if reason == "lost":
+                self._compare(board)
+                continue
             self._end(board, stopped(board.job, reason) if reason else None)
 
     def fetch(self, board: Board) -> None:
@@ -192,13 +196,17 @@ class Inbox:
     # When the news cannot be trusted to be whole.
 
     def _catch_up(self) -> None:
+        life = self._news.run_id()
+        renewed, self._life = life != self._life, life
         newest = self._news.news_position()
         if _place(newest) < _place(self._position):
             # Redis came back older, or empty.
-            self._position = newest
+            self._position, renewed = newest, True
         with self._lock:
             boards = list(self._boards.values())
         for board in boards:
+            if renewed:
+                board.renew()
             self._compare(board)
 
     def _compare(self, board: Board) -> None:
@@ -214,7 +222,10 @@ class Inbox:
         if record.cancelled and not record.cancel:
             board.drop(self._store.dropped(board.job))
         board.count(record.done)
-        if record.ended is not None:
+        if record.cancel == "lost":
+            whole = board.wanted and board.holds(record.total)  # this process has heard them in time
+            self._end(board, None if whole else lost(record))
+        elif record.ended is not None:
             self._end(board, stopped(record.name, record.cancel) if record.cancel else None)
         elif board.ended:
             self._forget(board)
@@ -231,7 +242,7 @@ class Inbox:
 def job_state(record: JobRecord) -> JobState:
     """Return the state of a whole job."""
     if record.cancel:
-        return JobState.CANCELLED
+        return JobState.INCOMPLETE if record.cancel == "lost" else JobState.CANCELLED
     if record.ended is not None:
         return JobState.FAILED if record.failed else JobState.SUCCEEDED
     return JobState.INCOMPLETE if is_incomplete(record) else JobState.RUNNING
@@ -243,6 +254,15 @@ def stopped(job: str, reason: str) -> JobError:
     if reason == "deadline":
         return JobTimeoutError(f"job {job!r} was ended by its deadline; {kept}", job=job)
     return JobCancelledError(f"job {job!r} was cancelled; {kept}", job=job)
+
+
+def lost(record: JobRecord) -> JobIncompleteError:
+    """Say how many of a job's tasks went with a server's data."""
+    return JobIncompleteError(
+        f"job {record.name!r} is incomplete: Redis or Kafka has lost data, and {record.lost} of its {record.total} "
+        "outcomes with it; job.retry() runs just these again, errors='skip' and to_frame() give the others",
+        job=record.name,
+    )
 
 
 def is_incomplete(record: JobRecord) -> bool:

@@ -43,6 +43,7 @@ class Link(Protocol):
     key: bytes
 
     def cancel(self, job: str) -> int: ...
+    def bring_back(self, job: str) -> int: ...
 
 
 class Job(Sequence[Future[Any]]):
@@ -211,6 +212,32 @@ class Job(Sequence[Future[Any]]):
         """
         return self._link.cancel(self.id)
 
+    @property
+    def lost(self) -> list[int]:
+        """Indices of the tasks whose outcome, or whose record, was lost with a server's data."""
+        record = self._record()
+        if record is None or not record.lost:
+            return []
+        self.want()
+        states = self._board.table(record.total).states
+        return [index for index, state in enumerate(states) if state == ord("Q")]
+
+    def retry(self) -> int:
+        """Run again what was lost with a server's data, and nothing else; returns how many tasks.
+
+        Their records are taken from Kafka's log. What is no longer there stays lost, and the job says so again.
+
+        Raises:
+            BacklogError, WorkbenchError: Kafka or Redis cannot be reached.
+        """
+        count = self._link.bring_back(self.id)
+        if count:
+            wanted = self._board.wanted
+            self._board = self._link.inbox.watch(Board(self.id, self._link.key), known=True)
+            if wanted:
+                self.want()
+        return count
+
     def cancel_tasks(self, indices: Iterable[int]) -> list[int]:
         """Cancel single tasks, as cancel() does with all; returns the indices of those that had no outcome yet.
 
@@ -310,6 +337,8 @@ class Job(Sequence[Future[Any]]):
         table = self._board.table(self._highest() if total is None else total)
         if isinstance(self._board.failure, JobCancelledError | JobTimeoutError):
             table.states = table.states.replace(b"Q", b"C")
+        elif self.lost:
+            table.states = table.states.replace(b"Q", b"L")
         items = self._inputs()
         return frame.build_frame(
             items if len(items) == len(table.states) else None,
@@ -438,10 +467,20 @@ def _progress(record: JobRecord, known_total: int | None) -> Progress:
     rate = (record.succeeded + record.failed) / elapsed if elapsed > 0 else 0.0
     left = None if total is None else total - record.done
     running = min(record.running, left) if left is not None else record.running
+    left = None if left is None else left - record.lost
     queued = max(0, (left if left is not None else record.fed - record.done) - running)
     eta = left / rate if left and rate > 0 else (0.0 if left == 0 else None)
     return Progress(
-        queued, running, record.succeeded, record.failed, record.cancelled, total, round(rate, 3), eta, elapsed
+        queued,
+        running,
+        record.succeeded,
+        record.failed,
+        record.cancelled,
+        total,
+        round(rate, 3),
+        eta,
+        elapsed,
+        record.lost,
     )
 
 

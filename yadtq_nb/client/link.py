@@ -15,13 +15,14 @@ import msgspec
 
 from yadtq_nb import codec, pending
 from yadtq_nb.backlog.publish import Publisher
+from yadtq_nb.backlog.reader import replay_tasks
 from yadtq_nb.client.board import Board
 from yadtq_nb.client.inbox import PATIENCE, Inbox
 from yadtq_nb.client.job import Job
 from yadtq_nb.client.options import JobOptions
 from yadtq_nb.client.sender import Mailer, Packet, Sender
 from yadtq_nb.config import Config
-from yadtq_nb.errors import BacklogError, JobError, JobExistsError
+from yadtq_nb.errors import BacklogError, CodecError, JobError, JobExistsError
 from yadtq_nb.model import CallStyle, Cancel, Environment, Seal, new_id
 from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobStore
@@ -42,6 +43,7 @@ class Link:
         """
         self.queue = queue
         self.key = config.key
+        self._config = config
         self.store = JobStore(config, queue)
         patiently(self.store.check_secret, PATIENCE)
         self.inbox = Inbox(config, queue)
@@ -185,6 +187,42 @@ class Link:
             if sender.job == job:
                 sender.stop()
         return cancelled
+
+    def bring_back(self, job: str) -> int:
+        """Send the lost tasks of a job again, from Kafka's log; see Job.retry."""
+        if not self.store.reopen(job):
+            return 0
+        kept = {field.partition(".")[0] for field in self.store.fields(job)}
+        ends: dict[int, int] = {}
+        refused: list[BacklogError] = []
+
+        def acknowledged(error: BacklogError | None, partition: int, offset: int) -> None:
+            if error is not None:
+                refused.append(error)
+            else:
+                ends[partition] = max(ends.get(partition, 0), offset + 1)
+
+        count = 0
+        for record in replay_tasks(self._config, self.queue):
+            try:
+                head, *_ = codec.decode_chunk(self.key, record)
+            except CodecError:
+                continue
+            if head.job == job and str(head.number) not in kept:
+                kept.add(str(head.number))
+                count += head.count
+                self._publisher.send_chunk(record, acknowledged)
+                self.mailer.ring()
+        self.mailer.flush()
+        if refused:
+            raise refused[0]
+        known = self.store.record(job)
+        if known is not None:
+            places = {f"{self.mailer.topic_id}/{partition}": end for partition, end in ends.items()}
+            seal = Seal(job, known.total, places)
+            self.mailer.send_entry(seal)
+            patiently(lambda: self.store.seal(seal), PATIENCE)
+        return count
 
     def finish_sending(self, timeout: float, *, ending: bool) -> None:
         """Wait for what has an end to be sent, and for Kafka to have it all; when ending, give up the rest."""

@@ -92,6 +92,8 @@ class Keeper:
         self.plan = plan
         self.owner = owner
         self.ready_fd = ready_fd
+        #: True while state.json is not what it should be.
+        self._unwritten = False
         self.parts = [Part(spec) for spec in plan["parts"]]
         self.started = time.time()
         #: Why it stops; empty while it goes on.
@@ -242,11 +244,21 @@ class Keeper:
         part.young_deaths = 0 if lived >= LONG_LIFE and part.state == "up" else part.young_deaths + 1
         if part.is_node:
             clear_node(part.node_id)
+            self._kill_strays()
         part.state = "down"
         if not (self.reason or part.held):
             log(f"{part.name} ended after {lived:.1f} s: {part.last_exit}")
             self._plan_restart(part)
         self._write_state()
+
+    def _kill_strays(self) -> None:
+        """Kill what has no other parent left: processes of tasks that have hidden the mark of their node."""
+        deadline = time.monotonic() + 2.0
+        while (strays := children() - {part.pid for part in self.parts}) and time.monotonic() < deadline:
+            for pid in strays:
+                with contextlib.suppress(ProcessLookupError, ChildProcessError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
 
     def _plan_restart(self, part: Part) -> None:
         if part.is_node and not self.plan["restart_nodes"]:
@@ -255,6 +267,8 @@ class Keeper:
         part.due = time.monotonic() + min(delay, SLOWEST_RESTART)
 
     def _restart_due(self) -> None:
+        if self._unwritten:
+            self._write_state()
         for part in self.parts:
             if part.due is not None and part.due <= time.monotonic():
                 part.restarts += 1
@@ -360,6 +374,7 @@ class Keeper:
         self._end([part for part in self.parts if part.is_node])
         self._end([part for part in self.parts if not part.is_node])
         sweep("YADTQ_STACK", str(self.directory))
+        self._kill_strays()
         self._reap()
         self._write_state(stopped=True)
         if self.plan["ephemeral"]:
@@ -385,9 +400,14 @@ class Keeper:
             "reason": self.reason,
             "parts": [part.view() for part in self.parts],
         }
-        with contextlib.suppress(FileNotFoundError):  # the directory was removed: the next tick stops
+        try:
             Path("state.json.new").write_text(json.dumps(state))
             Path("state.json.new").replace("state.json")
+            self._unwritten = False
+        except FileNotFoundError:
+            pass  # the directory was removed: the next tick stops
+        except OSError:
+            self._unwritten = True  # a full disk must not stop the stack: the next tick tries again
 
 
 def prctl(option: int, value: int) -> None:
@@ -429,6 +449,13 @@ def sweep(variable: str, value: str) -> None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.002)
+
+
+def children() -> set[int]:
+    """Return the processes whose parent is this one; Linux only."""
+    with contextlib.suppress(OSError):
+        return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
+    return set()
 
 
 def _processes() -> list[int]:

@@ -113,7 +113,10 @@ class Stack:
         Raises:
             LocalStackError: it cannot be started; the message names the log.
         """
-        return self._serving(queue) or self._start_or_mend(queue)
+        try:
+            return self._serving(queue) or self._start_or_mend(queue)
+        except OSError as exc:
+            raise LocalStackError(f"the local stack's directory {self.home.path} cannot be used: {exc}") from exc
 
     def status(self) -> StackStatus:
         """Look at every part, and ask the servers."""

@@ -14,6 +14,8 @@ from yadtq_nb.errors import CodecError, FormatError, WorkbenchError
 from yadtq_nb.model import ChunkHead, Lease, Retry, WorkerInfo
 from yadtq_nb.workbench.connection import Connection
 
+#: Seconds for which a job must stand still, with everything fed, before the rest of it is called lost.
+DOUBT: Final = 10.0
 #: Blobs up to this size are told with the news, so that a client needs no second round trip; in bytes.
 _INLINE: Final = 2048
 
@@ -259,7 +261,7 @@ class Workbench:
         """
         return [
             (id, node)
-            for id, node in _texts(self._redis.call("reap", self._config.lease, dead, int(self._config.keep)))
+            for id, node in _texts(self._redis.call("reap", self._config.lease, dead, int(self._config.keep), DOUBT))
         ]
 
     def init(self, partition: int, seen: Cursor | None, cursor: Cursor) -> Cursor | None:

@@ -61,8 +61,10 @@ class JobRecord(msgspec.Struct, frozen=True):
     expires: float
     #: Names of the function's parameters.
     parameters: tuple[str, ...] = ()
-    #: Why it was ended before its time ("cancelled", "deadline"), or "".
+    #: Why it was ended before its time ("cancelled", "deadline", "lost"), or "".
     cancel: str = ""
+    #: Tasks whose outcome, or whose record, was lost with a server's data.
+    lost: int = 0
 
     @property
     def done(self) -> int:
@@ -106,16 +108,28 @@ class JobStore:
         self._seq = 0
 
     def check_secret(self) -> None:
-        """Compare our secret with that of the living workers, who would pass by whatever we send.
+        """Compare our secret with the queue's, which its first client or worker has set.
+
+        With another one we would pass by whatever others have sent, and they whatever we send.
 
         Raises:
             SignatureError: they differ.
             WorkbenchError: Redis cannot be reached.
         """
+        ours, name = codec.fingerprint(self._config.key), self._redis.key("secret")
         live = {view.info.secret for view in self.workers() if view.status == "live"} - {""}
-        if live and codec.fingerprint(self._config.key) not in live:
+        if live and ours not in live:
             raise SignatureError(
                 "this queue's workers use another secret: set the same YADTQ_SECRET (or secret=) here and there"
+            )
+        with self._redis.use() as client:
+            client.set(name, ours, nx=True)
+            # As long as it is used: what lies in the queue is signed with it.
+            held, _ = client.pipeline(transaction=False).get(name).expire(name, int(self._config.keep * 4)).execute()
+        if held is not None and held.decode() != ours:
+            raise SignatureError(
+                "what lies in this queue was signed with another secret: set the same YADTQ_SECRET (or secret=) as its "
+                f"other clients and workers, or use another queue; to give the old secret up, delete {name} in Redis"
             )
 
     def create(self, manifest: Manifest) -> str:
@@ -152,6 +166,14 @@ class JobStore:
             WorkbenchError: Redis cannot be reached.
         """
         return int(self._redis.call("cancel", cancel.id, cancel.reason, int(self._config.keep)))
+
+    def reopen(self, job: str) -> bool:
+        """Have a job that has lost tasks go on, since these are about to be sent again. False when it has lost none."""
+        return bool(self._redis.call("reopen", job, int(self._config.keep)))
+
+    def run_id(self) -> str:
+        """Name of the server's present life."""
+        return self._redis.run_id()
 
     def drop(self, job: str, indices: Sequence[int]) -> list[int]:
         """Cancel single tasks; returns the indices of those that had no outcome and have this one now.
@@ -391,6 +413,7 @@ def _record(fields: dict[bytes, bytes], sending: bool, now: float, ttl: int) -> 
         expires=float(ttl),
         parameters=tuple(filter(None, fields.get(b"parameters", b"").decode().split(","))),
         cancel=fields.get(b"cancel", b"").decode(),
+        lost=count(b"lost"),
     )
 
 

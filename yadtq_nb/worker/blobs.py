@@ -23,6 +23,7 @@ class BlobFiles:
         Raises:
             TaskError: the workbench does not have it (any more).
             WorkbenchError: Redis cannot be reached.
+            OSError: it cannot be written here: the disk is full, or the like.
         """
         path = self._directory / name
         if not path.exists():
@@ -36,8 +37,12 @@ class BlobFiles:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             # Renamed when whole, so that no slot reads half a file.
             partial = self._directory / f".{name}.{os.getpid()}.{threading.get_ident()}"
-            partial.write_bytes(data)
-            partial.replace(path)
+            try:
+                partial.write_bytes(data)
+                partial.replace(path)
+            except OSError:
+                partial.unlink(missing_ok=True)
+                raise
         return path
 
     def drop(self, name: str) -> None:

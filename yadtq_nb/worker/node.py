@@ -54,6 +54,8 @@ _PAUSE: Final = 0.2
 _SWITCH: Final = 0.0005
 #: Seconds that a node waits for Redis at its start: it may still be reading its file.
 _START: Final = 15.0
+#: Seconds for which a node whose disk is full takes nothing.
+_REST: Final = 2.0
 #: Seconds that a task gets to clean up once it is cancelled.
 _LEAVE: Final = 0.5
 #: Seconds that running tasks get when the node is asked to stop.
@@ -100,6 +102,8 @@ class Node:
         self._may_take = True
         #: When the next of the chunks that wait is due, on the monotonic clock, as far as was heard.
         self._due_at = float("inf")
+        #: Until then nothing is taken: this machine's disk is full, or the like. On the monotonic clock.
+        self._rest_until = 0.0
         self._stopping = threading.Event()
         self._stop_at = float("inf")
         #: True when a thread of this node has ended by an error of ours.
@@ -174,7 +178,7 @@ class Node:
             topic,
             Workbench(self._config, self.queue, self.id),
             restore=lambda: restore_jobs(self._config, self.queue, replay_jobs(self._config, self.queue)),
-            reserve=lambda n: 0 if self._stopping.is_set() else self.pool.reserve(n),
+            reserve=self._reserve,
             unreserve=self._unreserve,
             start=self._start,
             refuse=self._refuse,
@@ -229,7 +233,7 @@ class Node:
 
     def _take(self) -> None:
         """Fill free slots from the line of ready chunks, whoever fed them."""
-        free = self.pool.reserve(self.slots)
+        free = self._reserve(self.slots)
         if not free:
             return
         leases: list[Lease] = []
@@ -247,6 +251,12 @@ class Node:
         self.pool.unreserve(free - len(leases))
         for lease in leases:
             self._start(lease, self._bench)
+
+    def _reserve(self, count: int) -> int:
+        """Claim free slots, unless this node takes nothing now. Called by the main thread and by the feeder."""
+        if self._stopping.is_set() or time.monotonic() < self._rest_until:
+            return 0
+        return self.pool.reserve(count)
 
     def _unreserve(self, count: int) -> None:
         """Give back what the feeder had claimed; the main thread may have found no slot meanwhile."""
@@ -277,7 +287,7 @@ class Node:
                 self._run_next_single(lease, workbench)
             else:
                 self._run(lease, workbench, lease.done.union(hopeless))
-        except (TaskError, WorkbenchError) as exc:
+        except (TaskError, WorkbenchError, OSError) as exc:
             self.pool.unreserve(1)
             self._fail(lease, left, exc)
 
@@ -317,7 +327,7 @@ class Node:
                 return
             try:
                 self._run_next_single(lease, self._bench)
-            except (TaskError, WorkbenchError) as exc:
+            except (TaskError, WorkbenchError, OSError) as exc:
                 self.pool.unreserve(1)
                 self._fail(lease, list(self._singles.pop(id)), exc)
             return
@@ -364,6 +374,10 @@ class Node:
         if isinstance(error, TaskError):
             self._post(lease, offsets, *crash.refusal(self._config.key, self.id, lease, offsets, error))
         else:
+            if isinstance(error, OSError):
+                log.error("no chunk is taken for a while: %s: %s", self._directory, error)
+                self._rest_until = time.monotonic() + _REST
+                self._due_at = min(self._due_at, self._rest_until)
             self._outbox.append(lambda: self._bench.release(lease))
         self._drop(lease)
         self.pool.wake()

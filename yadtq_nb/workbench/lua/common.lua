@@ -133,6 +133,7 @@ local function end_job(job, now, keep)
   end
   redis.call('EXPIRE', name, keep)
   redis.call('ZREM', key('deadlines'), job)
+  redis.call('SREM', key('sealed'), job)
   local called = redis.call('HGET', name, 'name')
   local holder = called and redis.call('GET', key('name:' .. called))
   if holder == job then
@@ -206,6 +207,40 @@ local function end_if_complete(job, now, keep)
   end
   end_job(job, now, keep)
   return true
+end
+
+-- A workbench that was emptied is filled again from Kafka, but not with what was finished before. Once every cursor has
+-- passed a job's sealed end, and each of its tasks that came has its outcome, those that did not come are lost: their
+-- outcomes went with the workbench, or their record could not be read.
+local function end_if_lost(job, now, keep, doubt)
+  local name = job_key(job)
+  local f = redis.call('HMGET', name, 'total', 'fed', 'succeeded', 'failed', 'cancelled', 'ends', 'doubted')
+  if not f[1] then
+    redis.call('SREM', key('sealed'), job)
+    return
+  end
+  local total, fed = tonumber(f[1]), tonumber(f[2] or 0)
+  local done = tonumber(f[3] or 0) + tonumber(f[4] or 0) + tonumber(f[5] or 0)
+  local passed = done >= fed and done < total
+  for place, offset in pairs(passed and cmsgpack.unpack(f[6]) or {}) do
+    local topic, partition = place:match('^(.*)/(%d+)$')
+    local cursor = redis.call('HGET', key('cursor'), partition)
+    local life, at = (cursor or ''):match('^(.*):(%d+)$')
+    passed = passed and cursor and (life ~= topic or tonumber(at) >= offset)
+  end
+  if not passed then
+    if f[7] then
+      redis.call('HDEL', name, 'doubted')
+    end
+  elseif not f[7] then
+    redis.call('HSET', name, 'doubted', string.format('%.6f', now))
+  elseif now - tonumber(f[7]) > doubt then
+    -- For a while first: what a broker in memory has forgotten is sent again by its client.
+    redis.call('HSET', name, 'cancel', 'lost', 'lost', total - done)
+    redis.call('HDEL', name, 'doubted')
+    end_job(job, now, keep)
+    tell(job, 'f', '', 'n', 0, 'e', 1, 'c', 'lost')
+  end
 end
 
 -- Every task of a chunk has its outcome. The caller looks whether its job has ended with it.

@@ -2,7 +2,7 @@
 -- reap: return what lapsed leases held to the line, whichever node notices first.
 -- When nobody has reaped for longer than a lease, the server was away, not the nodes: all leases are extended.
 -- Ends jobs whose deadline has passed, too.
--- ARGV: lease, a node that is known to be dead ('' for none), keep.
+-- ARGV: lease, a node that is known to be dead ('' for none), keep, seconds of doubt before tasks are called lost.
 local lease, dead = tonumber(ARGV[1]), ARGV[2]
 local now = server_time()
 local last = tonumber(redis.call('GET', key('reaped')) or now)
@@ -52,6 +52,12 @@ for _, job in ipairs(redis.call('ZRANGEBYSCORE', key('deadlines'), '-inf', now, 
   cancel_job(job, 'deadline', now, tonumber(ARGV[3]))
 end
 sweep_dropped()
+-- Once a second: a job of which nothing more will come.
+if math.floor(now) ~= math.floor(last) then
+  for _, job in ipairs(redis.call('SRANDMEMBER', key('sealed'), 50)) do
+    end_if_lost(job, now, tonumber(ARGV[3]), tonumber(ARGV[4]))
+  end
+end
 -- Once a minute: what has expired leaves the list of jobs.
 if math.floor(now / 60) ~= math.floor(last / 60) then
   for _, job in ipairs(redis.call('ZRANGE', key('jobs'), 0, 99)) do

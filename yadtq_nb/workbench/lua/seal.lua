@@ -8,5 +8,7 @@ end
 redis.call('HSET', name, 'id', ARGV[1], 'total', ARGV[2], 'sealed', 1, 'ends', ARGV[3])
 if end_if_complete(ARGV[1], server_time(), tonumber(ARGV[4])) then
   tell(ARGV[1], 'f', '', 'n', 0, 'e', 1)
+else
+  redis.call('SADD', key('sealed'), ARGV[1])
 end
 return 1
