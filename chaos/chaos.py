@@ -241,7 +241,8 @@ class Run:
                 f"wrong {len(tally.wrong)} · odd {len(tally.odd)}",
                 f"starts {tally.starts} · tasks run more than once {tally.rerun} · late outcomes dropped {tally.late}",
                 f"clients killed {sum(c.killed for c in self.ground.clients)} · jobs they had not made known "
-                f"{tally.unborn} · jobs incomplete {tally.incomplete}, with {tally.unsent} tasks never sent · "
+                f"{tally.unborn} · refused while a server was away {tally.refused}",
+                f"jobs incomplete {tally.incomplete}, with {tally.unsent} tasks never sent · "
                 f"tasks forgotten with the in-memory broker and their client {tally.forgotten}",
                 self._time_over(windows),
             ]

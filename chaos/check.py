@@ -16,6 +16,8 @@ from yadtq_nb.workbench.jobs import JobRecord, JobStore
 
 #: Findings of each kind that are printed.
 _SHOWN: Final = 8
+#: Seconds for which a call of a client waits for a server.
+_PATIENCE: Final = 5.0
 
 
 class Sent(msgspec.Struct):
@@ -24,8 +26,10 @@ class Sent(msgspec.Struct):
     name: str
     #: Whether map() had returned.
     claimed: bool = False
-    #: Whether the client that sent it was killed.
+    #: Whether the client that sent it was killed, or was told that a server is away.
     orphan: bool = False
+    #: Seconds after which the client was told so, or None.
+    refused: float | None = None
     #: What each client that waited to the end was given.
     given: list[list[str]] = []
 
@@ -52,6 +56,8 @@ class Tally(msgspec.Struct):
     jobs: int = 0
     #: Tasks that must have an outcome.
     tasks: int = 0
+    #: Jobs that were refused since a server was away for longer than a call waits.
+    refused: int = 0
     #: Jobs of killed clients that were never made known.
     unborn: int = 0
     #: Jobs of killed clients that are incomplete, and their tasks that were never sent.
@@ -99,6 +105,8 @@ def read_ledgers(clients: Iterable[tuple[bool, Sequence[Mapping[str, Any]]]]) ->
             match line["what"]:
                 case "sends":
                     job.orphan = killed
+                case "refused":
+                    job.orphan, job.refused = True, line["after"]
                 case "waits":
                     job.claimed = True
                 case "done":
@@ -137,6 +145,10 @@ def check_job(
     """
     items, name = load.items_of(sent.name), sent.name
     tally.jobs += 1
+    if sent.refused is not None:
+        tally.refused += 1
+        if sent.refused < _PATIENCE:
+            tally.odd.append(f"{name}: refused after {sent.refused:.1f} s, which is too soon")
     if found is None:
         if sent.orphan and not sent.claimed:
             tally.unborn += 1

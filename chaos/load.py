@@ -21,13 +21,25 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
-from yadtq_nb import JobIncompleteError, JobNotFoundError, JobTimeoutError, Queue
+from yadtq_nb import BacklogError, JobIncompleteError, JobNotFoundError, JobTimeoutError, Queue, WorkbenchError
 
 #: (index, seconds that it takes, what it does beside, bytes that it is given and gives back)
 Item = tuple[int, float, str, bytes]
 #: Seconds for which an attaching client waits for a job to be known, and for it to move.
 _UNKNOWN: Final = 20.0
 _STILL: Final = 40.0
+
+
+def patiently(call: Callable[[], Any]) -> Any:
+    """Ask again while Redis is away for longer than a call waits: whoever only asks can do that."""
+    deadline = time.monotonic() + _UNKNOWN
+    while True:
+        try:
+            return call()
+        except WorkbenchError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 # What tasks do.
@@ -189,44 +201,56 @@ class Client:
         rng = random.Random(f"{seed} {client}")
         for number in range(rounds):
             names = [f"{seed}-{client}-{number}-{shape}" for shape in rng.sample(sorted(SHAPES), 2)]
-            for name, job in [(name, self._send_one(name)) for name in names]:
-                self.say("done", name, outcomes=[digest(value) for value in job.results(errors="return")])
+            sent = [(name, job) for name in names if (job := self._send_one(name)) is not None]
+            for name, job in sent:
+                self.say("done", name, outcomes=self._outcomes(job))
 
     def _send_one(self, name: str) -> Any:
         items, how = items_of(name), SHAPES[name.split("-")[-1]][1]
         given = {"audit": self._audit, "job": name}
         self.say("sends", name)
-        if how == "single":
-            job = self._queue.options(name=name).submit(work, items[0], **given).job
-        else:
-            fn = work_together if how == "together" else work
-            source: Iterable[Item] = iter(items) if how == "drawn" else items
-            job = self._queue.map(fn, source, name=name, kwargs=given, chunksize=SHAPES[name.split("-")[-1]][2])
+        asked = time.monotonic()
+        try:
+            if how == "single":
+                job = self._queue.options(name=name).submit(work, items[0], **given).job
+            else:
+                fn = work_together if how == "together" else work
+                source: Iterable[Item] = iter(items) if how == "drawn" else items
+                job = self._queue.map(fn, source, name=name, kwargs=given, chunksize=SHAPES[name.split("-")[-1]][2])
+        except (WorkbenchError, BacklogError) as exc:
+            # A server was away for longer than a call waits: said, and for the checker to judge.
+            self.say("refused", name, after=time.monotonic() - asked, error=str(exc))
+            return None
         self.say("waits", name, id=job.id)
         return job
+
+    @staticmethod
+    def _outcomes(job: Any, timeout: float | None = None) -> list[str]:
+        return [digest(value) for value in patiently(lambda: job.results(timeout, errors="return"))]
 
     def attach(self, name: str) -> None:
         """Find a job whose client was killed, and wait for what there is of it."""
         deadline = time.monotonic() + _UNKNOWN
         while True:
             try:
-                job = self._queue.job(name)
+                job = patiently(lambda: self._queue.job(name))
                 break
             except JobNotFoundError:
                 if time.monotonic() > deadline:
                     self.say("unknown", name)
                     return
                 time.sleep(0.2)
+        # What is sent by nobody any more ends all the same, or is known to be incomplete.
         before, deadline = -1, time.monotonic() + _STILL
         while True:
             try:
-                self.say("done", name, outcomes=[digest(value) for value in job.results(5.0, errors="return")])
+                self.say("done", name, outcomes=self._outcomes(job, 5.0))
                 return
             except JobIncompleteError:
                 self.say("incomplete", name, outcomes=[digest(value) for value in job.results(0.0, errors="skip")])
                 return
             except JobTimeoutError:
-                progress = job.progress
+                progress = patiently(lambda: job.progress)
                 if progress.done > before or progress.running:
                     before, deadline = progress.done, time.monotonic() + _STILL
                 elif time.monotonic() > deadline:
