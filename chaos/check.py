@@ -157,8 +157,10 @@ def check_job(
         return
     times = Counter(index for index, _ in found.outcomes)
     arrived = set(found.arrived)
-    due = set(range(len(items))) if found.sealed else arrived
-    if not found.sealed:
+    # One whose client was killed just before its seal has ended all the same, when its total was known before.
+    whole = found.sealed or found.ended
+    due = set(range(len(items))) if whole else arrived
+    if not whole:
         tally.incomplete += 1
         tally.unsent += len(items) - len(due)
         if not sent.orphan:
@@ -178,7 +180,7 @@ def check_job(
             tally.wrong.append(f"{name}[{index}]: has an outcome and never ran")
     right = [load.expected(name, item) for item in items]
     tally.wrong += [f"{name}: a client was given something else" for given in sent.given if given != right]
-    _check_counters(tally, name, found, len(items), complete=not missing and found.sealed)
+    _check_counters(tally, name, found, len(items), complete=whole and not missing)
 
 
 def _check_counters(tally: Tally, name: str, found: Found, count: int, *, complete: bool) -> None:
@@ -187,7 +189,7 @@ def _check_counters(tally: Tally, name: str, found: Found, count: int, *, comple
         "tasks fed and there": (found.fed, len(found.arrived)),
         "running at the end": (found.running, 0),
         "ended": (found.ended, complete),
-        "total": (found.total if found.sealed else count, count),
+        "total": (found.total if found.sealed or found.ended else count, count),
     }
     tally.odd += [f"{name}: {what}: {a} and {b}" for what, (a, b) in pairs.items() if a != b]
 
