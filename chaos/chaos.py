@@ -54,31 +54,34 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--stack", choices=["local", "kafka"], default="local")
+    parser.add_argument("--every", type=float, default=2.0, help="mean seconds between two faults")
     parser.add_argument("--only", default="", help="kinds of faults whose name contains this")
     parser.add_argument("--keep", type=Path, default=None, help="directory to copy ledgers, audit and logs to")
     given = parser.parse_args()
     seed = random.randrange(1_000_000) if given.seed is None else given.seed
-    print(f"chaos: --seed {seed} --minutes {given.minutes:g} --stack {given.stack}", flush=True)
+    again = f"--seed {seed} --minutes {given.minutes:g} --every {given.every:g} --stack {given.stack}"
+    again += f" --only {given.only!r}" if given.only else ""
+    print(f"chaos: {again}", flush=True)
     with tempfile.TemporaryDirectory(prefix="chaos-") as directory:
-        run = Run(given.stack, seed, 60 * given.minutes, Path(directory), only=given.only)
+        run = Run(given.stack, seed, 60 * given.minutes, Path(directory), every=given.every, only=given.only)
         try:
             good = run.run()
         finally:
             if given.keep is not None:
                 _keep(given.keep, Path(directory), run.ground.cluster._home.path)
             run.ground.close()
-    print("good" if good else f"NOT GOOD: --seed {seed} --minutes {given.minutes:g} --stack {given.stack}", flush=True)
+    print("good" if good else f"NOT GOOD: {again}", flush=True)
     return 0 if good else 1
 
 
 class Run:
     """One run: calm, disturbed, to the end, checked."""
 
-    def __init__(self, stack: str, seed: int, seconds: float, directory: Path, *, only: str = "") -> None:
+    def __init__(self, stack: str, seed: int, seconds: float, directory: Path, *, every: float, only: str) -> None:
         self._seed = seed
         self._calm = min(_CALM[0] * seconds, _CALM[1])
         self._seconds = seconds - self._calm
-        self.plan = [fault for fault in faults.draw_plan(seed, self._seconds) if only in fault.kind]
+        self.plan = [fault for fault in faults.draw_plan(seed, self._seconds, every=every) if only in fault.kind]
         self.ground = Ground(stack, directory)
         self._store = JobStore(self.ground.cluster.config, QUEUE)
         self._done: Counter[str] = Counter()

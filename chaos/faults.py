@@ -17,8 +17,6 @@ import psutil
 import redis
 from ground import Client, Ground, MissedError
 
-#: Mean seconds between two faults.
-EVERY: Final = 2.0
 #: Seconds to wait for a client to be where it is to be hit.
 _WAIT: Final = 4.0
 
@@ -59,13 +57,13 @@ def fault(
     return register
 
 
-def draw_plan(seed: int, seconds: float) -> list[Fault]:
-    """Return the faults of so many seconds; the same for the same seed."""
+def draw_plan(seed: int, seconds: float, *, every: float = 2.0) -> list[Fault]:
+    """Return the faults of so many seconds, one every so many in the mean; the same for the same arguments."""
     rng = random.Random(seed)
     names = list(KINDS)
     weights = [KINDS[name].weight for name in names]
     plan, at = [], 0.0
-    while (at := at + rng.expovariate(1 / EVERY)) < seconds:
+    while (at := at + rng.expovariate(1 / every)) < seconds:
         kind = rng.choices(names, weights)[0]
         plan.append(Fault(at, kind, rng.randrange(1000), rng.uniform(*KINDS[kind].seconds)))
     return plan
