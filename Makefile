@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/ready
 KAFKA := .cache/kafka/ready
 
-.PHONY: demo test check bench kafka help
+.PHONY: demo test check bench chaos kafka help
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /make \1: /p' Makefile
@@ -23,6 +23,9 @@ check: $(READY)  ## ruff, strict types, layers of imports
 
 bench: $(READY)  ## measure one task there and back, and the rate of a map
 	$(BIN)/python bench/bench.py $(ARGS)
+
+chaos: $(READY)  ## kill, stop and cut off everything at random while maps run, and check every outcome
+	$(BIN)/python chaos/chaos.py $(ARGS)
 
 kafka: $(KAFKA)  ## fetch Apache Kafka by Maven
 

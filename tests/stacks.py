@@ -109,11 +109,17 @@ def _tansu(home: Home) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _kafka(home: Home) -> Iterator[str]:
+    spec = kafka_plan(home, servers.free_port(), name="kafka")
+    with _process(home, spec):
+        yield f"127.0.0.1:{spec['port']}"
+
+
+def kafka_plan(home: Home, port: int, *, name: str) -> dict[str, Any]:
+    """Return the plan of an Apache Kafka as keeper.py reads it, and make its directory ready."""
     java = _java()
-    port = servers.free_port()
     properties = home.path / "server.properties"
     properties.write_text(
-        _PROPERTIES.format(port=port, controller=servers.free_port(taken=port), data=home.path / "kafka")
+        _PROPERTIES.format(port=port, controller=servers.free_port(taken=port), data=home.path / f"kafka-{port}")
     )
     tool = [java, "-cp", f"{LIBS}/*", "kafka.tools.StorageTool"]
     subprocess.run(
@@ -121,7 +127,6 @@ def _kafka(home: Home) -> Iterator[str]:
         check=True,
         capture_output=True,
     )
-    broker = servers.broker(home, port)
     options = [
         "-Xms256m",
         "-Xmx512m",
@@ -129,13 +134,8 @@ def _kafka(home: Home) -> Iterator[str]:
         "-XX:TieredStopAtLevel=1",
         "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
     ]
-    spec = {
-        **broker,
-        "name": "kafka",
-        "argv": [java, *options, "-cp", f"{LIBS}/*", "kafka.Kafka", str(properties)],
-    }
-    with _process(home, spec):
-        yield f"127.0.0.1:{port}"
+    argv = [java, *options, "-cp", f"{LIBS}/*", "kafka.Kafka", str(properties)]
+    return {**servers.broker(home, port), "name": name, "argv": argv}
 
 
 @contextlib.contextmanager

@@ -57,8 +57,8 @@ class Inbox:
         self._last_known: dict[str, float] = {}
         self._lock = threading.Lock()
         self._closing = False
-        self._position = self._news.news_position()
-        self._life = self._news.run_id()
+        self._position = patiently(self._news.news_position, PATIENCE)
+        self._life = patiently(self._news.run_id, PATIENCE)
         self._thread = threading.Thread(target=self._run, name=f"yadtq-inbox-{queue}", daemon=True)
         self._thread.start()
 
@@ -74,7 +74,7 @@ class Inbox:
         with self._lock:
             watched = self._boards.setdefault(board.job, board)
         if known and watched is board:
-            self._compare(board)
+            patiently(lambda: self._compare(board), PATIENCE)
         return watched
 
     def want(self, board: Board) -> None:
@@ -88,9 +88,13 @@ class Inbox:
 
     def sending(self, job: str) -> None:
         """Tell the queue now and then that this process still sends a job."""
-        self._store.say_sending(job)
         with self._lock:
             self._sending.add(job)
+        try:
+            patiently(lambda: self._store.say_sending(job), PATIENCE)
+        except WorkbenchError as exc:
+            # Its name is taken by now, so sending goes on; the thread says it again.
+            log.warning("the queue was not told that job %s is being sent: %s", job, exc)
 
     def sent(self, job: str) -> None:
         """Stop telling so."""
@@ -111,8 +115,16 @@ class Inbox:
 
     def _run(self) -> None:
         heard_at = said_at = time.monotonic()
+        # Compared before the next news is waited for: a connection that is cut again and again never brings any.
+        shaken = False
         while not self._closing:
             try:
+                if shaken:
+                    self._catch_up()
+                    shaken, heard_at = False, time.monotonic()
+                if time.monotonic() - said_at > _SENDING:
+                    self._say_sending()
+                    said_at = time.monotonic()
                 self._position, news, missed = self._news.wait_for_news(self._position, 0.5)
                 now = time.monotonic()
                 if missed or now - heard_at > _SILENCE:
@@ -122,16 +134,13 @@ class Inbox:
                 if news:
                     self._hear(news)
                     heard_at = now
-                if now - said_at > _SENDING:
-                    said_at = now
-                    self._say_sending()
             except WorkbenchError as exc:
                 log.warning("news waits: %s", exc)
-                heard_at = 0.0
+                shaken = True
                 time.sleep(_PAUSE)
             except Exception:  # a defect in one job's news must not silence those of all others
                 log.exception("news could not be used")
-                heard_at = 0.0
+                shaken = True
                 time.sleep(_PAUSE)
 
     def _say_sending(self) -> None:
@@ -229,8 +238,13 @@ class Inbox:
             self._end(board, stopped(record.name, record.cancel) if record.cancel else None)
         elif board.ended:
             self._forget(board)
-        elif board.failure is None and is_incomplete(record) and record.done >= record.fed:
+        elif board.failure is None and self._is_abandoned(record) and record.done >= record.fed:
             self._end(board, incomplete(record))
+
+    def _is_abandoned(self, record: JobRecord) -> bool:
+        # After a stop of this process or of Redis nobody has said for long that the job is being sent, and yet we do.
+        with self._lock:
+            return record.id not in self._sending and is_incomplete(record)
 
     def _doubt(self, board: Board) -> None:
         """Give up a job that the workbench knew once. One that it never knew still waits in the backlog."""

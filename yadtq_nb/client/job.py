@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, overload
 from yadtq_nb import codec
 from yadtq_nb.client.board import Board, Failure, Outcomes, cancelled, revive
 from yadtq_nb.client.future import TaskFuture
-from yadtq_nb.client.inbox import Inbox, job_state
+from yadtq_nb.client.inbox import PATIENCE, Inbox, job_state
 from yadtq_nb.errors import JobCancelledError, JobIncompleteError, JobTimeoutError, YadtqError
 from yadtq_nb.model import BrokenItem, CallStyle, JobState, Progress, State, WorkerView
+from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobRecord, JobStore
 
 if TYPE_CHECKING:
@@ -315,7 +316,7 @@ class Job(Sequence[Future[Any]]):
 
     def _known_total(self) -> int | None:
         if self._total is None:
-            record = self._record()
+            record = patiently(self._record, PATIENCE)
             if record is not None and record.total >= 0:
                 self._total = record.total
         return self._total

@@ -108,7 +108,7 @@ class Link:
             )
         if holder != packet.job:
             packet = msgspec.structs.replace(packet, name=f"{packet.name}-{packet.job}")
-            self.store.create(packet.manifest(total, client))
+            patiently(lambda: self.store.create(packet.manifest(total, client)), PATIENCE)
         self.mailer.send_entry(packet.manifest(total, client))
         return packet
 

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, Final, Unpack
 from yadtq_nb import codec
 from yadtq_nb import config as configuration
 from yadtq_nb.client import options
+from yadtq_nb.client.inbox import PATIENCE
 from yadtq_nb.client.job import Job
 from yadtq_nb.client.options import ChunkSize, ErrorTypes, Given, JobOptions, Seconds
 from yadtq_nb.config import Config
-from yadtq_nb.errors import ConfigError, JobNotFoundError
+from yadtq_nb.errors import ConfigError, JobNotFoundError, WorkbenchError
 from yadtq_nb.model import CallStyle, Environment
+from yadtq_nb.workbench.connection import patiently
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -200,8 +202,8 @@ class Queue:
         from yadtq_nb.client.job import attach
 
         link = self._link()
-        found = link.store.find(name_or_id)
-        record = link.store.record(found) if found else None
+        found = patiently(lambda: link.store.find(name_or_id), PATIENCE)
+        record = patiently(lambda: link.store.record(found), PATIENCE) if found else None
         if record is None:
             raise JobNotFoundError(
                 f"queue {self.name!r} knows no job {name_or_id!r}; queue.jobs() lists those that it knows",
@@ -275,7 +277,10 @@ class Queue:
         """Return how many slots serve this queue, at least 1."""
         seen, slots = self._slots_seen
         if time.monotonic() - seen > _SLOTS_KNOWN:
-            views = self._link().store.workers()
+            try:
+                views = self._link().store.workers()
+            except WorkbenchError:  # it is a guess for the size of chunks: no reason not to send
+                return max(1, slots)
             slots = sum(view.info.slots for view in views if view.status == "live")
             self._slots_seen = (time.monotonic(), slots)
         return max(1, slots)

@@ -20,7 +20,7 @@ from yadtq_nb.backlog.publish import MAX_RECORD, Publisher
 from yadtq_nb.client import planner
 from yadtq_nb.client.board import Board
 from yadtq_nb.client.drawer import Drawer
-from yadtq_nb.client.inbox import Inbox
+from yadtq_nb.client.inbox import PATIENCE, Inbox
 from yadtq_nb.config import Config
 from yadtq_nb.errors import (
     BacklogError,
@@ -132,7 +132,7 @@ class Mailer:
         if now - self._kept.get(name, float("-inf")) < _KEPT:
             return
         sealed = codec.seal(self._config.key, kind, data)
-        if self._store.put_blob(name, sealed) or name not in self._kept:
+        if patiently(lambda: self._store.put_blob(name, sealed), PATIENCE) or name not in self._kept:
             key, value = journal.encode(self._config.key, journal.Blob(name, sealed))
             if len(value) <= MAX_RECORD:
                 self._publisher.send_job(key, value)
@@ -338,7 +338,8 @@ class Sender:
         board.wait(lambda: board.done >= sent or board.ended, time.monotonic() + planner.PATIENCE)
         seconds = None
         if board.done:
-            self._inbox.fetch(board)
+            with contextlib.suppress(WorkbenchError):  # then nothing is measured
+                self._inbox.fetch(board)
             taken = [s for outcomes in board.segments() for s in memoryview(outcomes.segment.seconds).cast("d")]
             seconds = sum(taken) / len(taken) if taken else None
         return planner.Measured(seconds, self._bytes / max(1, sent), slots, self._packet.concurrent)

@@ -1,0 +1,274 @@
+"""The load: what clients send, and what must come of it. Run as a script it is one client, in a process of its own.
+
+load.py LEDGER AUDIT QUEUE send CLIENT SEED ROUNDS      sends jobs, two at a time, and waits for them
+load.py LEDGER AUDIT QUEUE attach JOB...                finds jobs by name after their client was killed
+
+Everything that a client does goes to its ledger, a line of JSON each; every start of a task, to the audit file. Nothing
+local is imported here: the functions travel by themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Final
+
+from yadtq_nb import BacklogError, JobIncompleteError, JobNotFoundError, JobTimeoutError, Queue, WorkbenchError
+
+#: (index, seconds that it takes, what it does beside, bytes that it is given and gives back)
+Item = tuple[int, float, str, bytes]
+#: Seconds for which an attaching client waits for a job to be known, and for it to move.
+_UNKNOWN: Final = 20.0
+_STILL: Final = 40.0
+
+
+def patiently(call: Callable[[], Any]) -> Any:
+    """Ask again while Redis is away for longer than a call waits: whoever only asks can do that."""
+    deadline = time.monotonic() + _UNKNOWN
+    while True:
+        try:
+            return call()
+        except WorkbenchError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+# What tasks do.
+
+
+def note(audit: str, job: str, index: int) -> None:
+    """Write down that a task starts: one write, so that lines of many processes never mix."""
+    line = f"{job} {index} {os.getpid()} {time.time():.3f}\n".encode()
+    file = os.open(audit, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(file, line)
+    os.close(file)
+
+
+def act(audit: str, job: str, item: Item) -> Any:
+    """Do what an item says, and answer for it."""
+    index, _, deed, payload = item
+    if deed == "raise":
+        raise ValueError(f"{job} {index} fails on purpose")
+    if deed == "exit":
+        os._exit(3)
+    if deed == "crash":
+        try:
+            os.close(os.open(f"{audit}.{job}.{index}", os.O_CREAT | os.O_EXCL))
+            os.kill(os.getpid(), signal.SIGKILL)
+        except FileExistsError:
+            pass  # it has crashed once
+    value = zlib.crc32(f"{job} {index}".encode())
+    return (value, payload[::-1]) if payload else value
+
+
+def work(item: Item, *, audit: str, job: str) -> Any:
+    """A task."""
+    note(audit, job, item[0])
+    time.sleep(item[1])
+    return act(audit, job, item)
+
+
+async def work_together(item: Item, *, audit: str, job: str) -> Any:
+    """A task that is a coroutine."""
+    note(audit, job, item[0])
+    await asyncio.sleep(item[1])
+    return act(audit, job, item)
+
+
+# What must come of it.
+
+
+def expected(job: str, item: Item) -> str:
+    """Return the only outcome that is right, as digest() writes it."""
+    index, _, deed, payload = item
+    if deed in ("raise", "exit"):
+        return "ValueError" if deed == "raise" else "TaskCrashedError"
+    value = zlib.crc32(f"{job} {index}".encode())
+    return digest((value, payload[::-1]) if payload else value)
+
+
+def digest(outcome: Any) -> str:
+    """Write an outcome in few characters."""
+    if isinstance(outcome, BaseException):
+        return type(outcome).__name__
+    return f"{outcome[0]}/{zlib.crc32(outcome[1]):x}" if isinstance(outcome, tuple) else str(outcome)
+
+
+# Shapes of jobs. Another one is a function here that returns its items.
+
+SHAPES: Final[dict[str, tuple[Callable[[random.Random], list[Item]], str, Any]]] = {}
+
+
+def shape(how: str = "list", chunksize: Any = "auto") -> Callable[[Callable[[random.Random], list[Item]]], None]:
+    """Register a shape. how: "list", "drawn" (an iterator), "together" (coroutines) or "single" (submit)."""
+
+    def register(items: Callable[[random.Random], list[Item]]) -> None:
+        SHAPES[items.__name__] = (items, how, chunksize)
+
+    return register
+
+
+@shape()
+def quick(_: random.Random) -> list[Item]:
+    return [(i, 0.001, "", b"") for i in range(600)]
+
+
+@shape()
+def mixed(rng: random.Random) -> list[Item]:
+    return [(i, min(0.5, rng.expovariate(1 / 0.02)), "", b"") for i in range(150)]
+
+
+@shape()
+def failing(rng: random.Random) -> list[Item]:
+    return [(i, rng.uniform(0.005, 0.02), "" if i % 9 else "raise", b"") for i in range(100)]
+
+
+@shape(chunksize=20)
+def crashing(rng: random.Random) -> list[Item]:
+    doomed = rng.sample(range(60), 2)
+    return [(i, 0.01, "crash" if i in doomed else "", b"") for i in range(60)]
+
+
+@shape(chunksize=6)
+def poisoned(rng: random.Random) -> list[Item]:
+    doomed = rng.randrange(12)
+    return [(i, 0.01, "exit" if i == doomed else "", b"") for i in range(12)]
+
+
+@shape(chunksize=1)
+def long(rng: random.Random) -> list[Item]:
+    return [(i, rng.uniform(2.0, 4.0), "", b"") for i in range(5)]
+
+
+@shape("together")
+def together(rng: random.Random) -> list[Item]:
+    return [(i, rng.uniform(0.05, 0.3), "" if i % 50 else "raise", b"") for i in range(200)]
+
+
+@shape(chunksize=1)
+def many(_: random.Random) -> list[Item]:
+    return [(i, 0.0, "", b"") for i in range(1500)]
+
+
+@shape(chunksize=5)
+def large(rng: random.Random) -> list[Item]:
+    huge = rng.randrange(30)
+    return [(i, 0.01, "", rng.randbytes(1_200_000 if i == huge else 30_000)) for i in range(30)]
+
+
+@shape("drawn")
+def drawn(rng: random.Random) -> list[Item]:
+    return [(i, rng.uniform(0.0, 0.01), "", b"") for i in range(400)]
+
+
+@shape("single")
+def single(rng: random.Random) -> list[Item]:
+    return [(0, rng.uniform(0.0, 0.2), rng.choice(["", "", "", "raise", "crash"]), b"")]
+
+
+def items_of(job: str) -> list[Item]:
+    """Return the items of a job, which its name says."""
+    return SHAPES[job.split("-")[-1]][0](random.Random(job))
+
+
+# A client.
+
+
+class Client:
+    """One client process: what it does goes to its ledger."""
+
+    def __init__(self, ledger: Path, audit: Path, queue: Queue) -> None:
+        self._ledger, self._audit, self._queue = ledger, str(audit), queue
+
+    def say(self, what: str, job: str, **more: Any) -> None:
+        """Add a line to the ledger."""
+        line = json.dumps({"what": what, "job": job, "time": time.time(), **more}).encode() + b"\n"
+        file = os.open(self._ledger, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        os.write(file, line)
+        os.close(file)
+
+    def send(self, client: str, seed: str, rounds: int) -> None:
+        """Send jobs of random shapes, two at a time."""
+        rng = random.Random(f"{seed} {client}")
+        for number in range(rounds):
+            names = [f"{seed}-{client}-{number}-{shape}" for shape in rng.sample(sorted(SHAPES), 2)]
+            sent = [(name, job) for name in names if (job := self._send_one(name)) is not None]
+            for name, job in sent:
+                self.say("done", name, outcomes=self._outcomes(job))
+
+    def _send_one(self, name: str) -> Any:
+        items, how = items_of(name), SHAPES[name.split("-")[-1]][1]
+        given = {"audit": self._audit, "job": name}
+        self.say("sends", name)
+        asked = time.monotonic()
+        try:
+            if how == "single":
+                job = self._queue.options(name=name).submit(work, items[0], **given).job
+            else:
+                fn = work_together if how == "together" else work
+                source: Iterable[Item] = iter(items) if how == "drawn" else items
+                job = self._queue.map(fn, source, name=name, kwargs=given, chunksize=SHAPES[name.split("-")[-1]][2])
+        except (WorkbenchError, BacklogError) as exc:
+            # A server was away for longer than a call waits: said, and for the checker to judge.
+            self.say("refused", name, after=time.monotonic() - asked, error=str(exc))
+            return None
+        self.say("waits", name, id=job.id)
+        return job
+
+    @staticmethod
+    def _outcomes(job: Any, timeout: float | None = None) -> list[str]:
+        return [digest(value) for value in patiently(lambda: job.results(timeout, errors="return"))]
+
+    def attach(self, name: str) -> None:
+        """Find a job whose client was killed, and wait for what there is of it."""
+        deadline = time.monotonic() + _UNKNOWN
+        while True:
+            try:
+                job = patiently(lambda: self._queue.job(name))
+                break
+            except JobNotFoundError:
+                if time.monotonic() > deadline:
+                    self.say("unknown", name)
+                    return
+                time.sleep(0.2)
+        # What is sent by nobody any more ends all the same, or is known to be incomplete.
+        before, deadline = -1, time.monotonic() + _STILL
+        while True:
+            try:
+                self.say("done", name, outcomes=self._outcomes(job, 5.0))
+                return
+            except JobIncompleteError:
+                self.say("incomplete", name, outcomes=[digest(value) for value in job.results(0.0, errors="skip")])
+                return
+            except JobTimeoutError:
+                progress = patiently(lambda: job.progress)
+                if progress.done > before or progress.running:
+                    before, deadline = progress.done, time.monotonic() + _STILL
+                elif time.monotonic() > deadline:
+                    self.say("stuck", name)
+                    return
+
+
+def main() -> None:
+    """Be one client."""
+    ledger, audit, queue, what, *more = sys.argv[1:]
+    with Queue(queue) as opened:
+        client = Client(Path(ledger), Path(audit), opened)
+        if what == "send":
+            client.send(more[0], more[1], int(more[2]))
+        else:
+            for name in more:
+                client.attach(name)
+
+
+if __name__ == "__main__":
+    main()
