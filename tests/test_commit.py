@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from confluent_kafka import Consumer, TopicPartition
+from offsets import committed
 
 from yadtq_nb import LocalCluster, Queue
 from yadtq_nb.backlog.connection import Topic, Topics
@@ -32,7 +32,7 @@ def test_commit_waits_for_the_oldest_unfinished_chunk_and_then_reaches_the_end(
         behind = wait_until(lambda: _lagging(cluster, queue, topic, ends), lambda lagging: len(lagging) == 1)
         partition = behind[0]
         oldest = _oldest_unfinished(queue, topic, partition)
-        assert (_committed(cluster, queue, topic)[partition] or 0) <= oldest
+        assert (committed(cluster, queue, topic)[partition] or 0) <= oldest
         Path(gate).touch()
         blocked.result(60)
         wait_until(lambda: _lagging(cluster, queue, topic, ends), lambda lagging: not lagging)
@@ -47,18 +47,8 @@ def wait_until(look: Callable[[], list[int]], good: Callable[[list[int]], bool])
 
 
 def _lagging(cluster: LocalCluster, queue: Queue, topic: Topic, ends: dict[int, int]) -> list[int]:
-    committed = _committed(cluster, queue, topic)
-    return [partition for partition, end in ends.items() if end and committed[partition] != end]
-
-
-def _committed(cluster: LocalCluster, queue: Queue, topic: Topic) -> dict[int, int | None]:
-    group = f"yadtq.{queue.name}" + (f".{topic.id}" if cluster.config.reading == "wake" else "")
-    consumer = Consumer({"bootstrap.servers": cluster.config.kafka, "group.id": group, "enable.auto.commit": False})
-    try:
-        found = consumer.committed([TopicPartition(topic.name, p) for p in range(topic.partitions)], timeout=10)
-    finally:
-        consumer.close()
-    return {place.partition: place.offset if place.offset >= 0 else None for place in found}
+    found = committed(cluster, queue, topic)
+    return [partition for partition, end in ends.items() if end and found[partition] != end]
 
 
 def _oldest_unfinished(queue: Queue, topic: Topic, partition: int) -> int:

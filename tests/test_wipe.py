@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import redis
+from offsets import committed
 from stacks import MakeCluster
 
 from yadtq_nb import JobIncompleteError, JobState, LocalCluster
+from yadtq_nb.backlog.connection import Topics
 
 # Functions of the tests travel by value, as those of a notebook do.
 __import__("cloudpickle").register_pickle_by_value(sys.modules[__name__])
@@ -37,12 +39,13 @@ def wipe(cluster: LocalCluster, queue: str) -> None:
 
 def test_job_that_lost_outcomes_says_so_and_brings_just_these_back(make_cluster: MakeCluster, tmp_path: Path) -> None:
     cluster = make_cluster(slots=2, workers=1)
-    audit = tmp_path / "audit"
+    audit, gate = tmp_path / "audit", tmp_path / "gate"
 
     def traced(x: int) -> int:
         with audit.open("a") as file:
             file.write(f"{x}\n")
-        time.sleep(0.05)
+        while x >= 300 and not gate.exists():
+            time.sleep(0.02)
         return x * x
 
     def ran() -> Counter[int]:
@@ -50,11 +53,11 @@ def test_job_that_lost_outcomes_says_so_and_brings_just_these_back(make_cluster:
 
     queue, other = cluster.queue(), cluster.queue()
     job = queue.map(traced, range(400), chunksize=4, name="sweep")
-    heard = job[0]
-    heard.result(LIMIT)
-    # By now the first outcomes are committed to Kafka as finished.
-    when(lambda: len(ran()) > 250)
+    job.want()
+    topic = Topics(cluster.config, queue.name).ensure()
+    when(lambda: any(offset for offset in committed(cluster, queue, topic).values()))
     wipe(cluster, queue.name)
+    gate.touch()
     # Who has heard them in time has them all.
     assert job.results(LIMIT) == [x * x for x in range(400)]
     assert set(ran()) == set(range(400)), "what was not finished for good has run again"

@@ -231,6 +231,7 @@ class Link:
         deadline = time.monotonic() + timeout
         for sender in self._senders:
             if sender.bounded:
+                sender.hurry()
                 sender.finished.wait(max(0.0, deadline - time.monotonic()))
             elif ending:
                 sender.abandon()

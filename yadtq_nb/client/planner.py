@@ -23,6 +23,10 @@ _TAIL: Final = 4
 _BYTES: Final = 256 * 1024
 #: Seconds to wait for the first outcomes. What has not come back by then is slow.
 PATIENCE: Final = 0.05
+#: Seconds to wait for them while all slots are busy with other work: then nothing is known, and nothing is lost.
+QUEUED: Final = 1.0
+#: Chunks for each slot when nothing is known of the tasks.
+_BLIND: Final = 64
 #: Coroutine tasks of one chunk run at the same time, so that their chunks may be longer.
 _CONCURRENT: Final = 100
 
@@ -37,6 +41,8 @@ class Measured(msgspec.Struct, frozen=True):
     #: Slots that serve the queue.
     slots: int
     concurrent: bool = False
+    #: True when none has even begun: they may be quick.
+    queued: bool = False
 
 
 def probes(total: int, slots: int) -> int:
@@ -49,6 +55,8 @@ def chunk_size(left: int | None, measured: Measured) -> int:
     slots = max(1, measured.slots)
     by_time = 1.0 if measured.seconds is None else _AIM / max(measured.seconds, 1e-7)
     by_size = _BYTES / max(1.0, measured.size)
+    if measured.queued:
+        by_time = max(1.0, MOST / _BLIND if left is None else left / (slots * _BLIND))
     if measured.concurrent:
         by_time = max(by_time, _CONCURRENT)
     size = min(by_time, by_size, MOST)

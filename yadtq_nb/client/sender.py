@@ -230,6 +230,7 @@ class Sender:
         self._refused: BacklogError | None = None
         self._drawer: Drawer | None = None
         self._abandoned: JobError | None = None
+        self._hurried = False
         #: True once the queue has everything, or never will.
         self.finished = threading.Event()
         #: True when the input has an end that is known: then interpreter exit waits for it.
@@ -251,6 +252,11 @@ class Sender:
         self._abandoned = JobError("the queue was closed while its items were being drawn", job=self._packet.job)
         if self._drawer is not None:
             self._drawer.close(self._abandoned)
+        self._board.wake()
+
+    def hurry(self) -> None:
+        """Send the rest without waiting to see how long the tasks take: this process is about to end."""
+        self._hurried = True
         self._board.wake()
 
     def abandon(self) -> None:
@@ -335,14 +341,30 @@ class Sender:
         self._mailer.ring()
         board = self._board
         sent = self._sent
-        board.wait(lambda: board.done >= sent or board.ended, time.monotonic() + planner.PATIENCE)
+        began = time.monotonic()
+        board.wait(lambda: board.done >= sent or board.ended, began + planner.PATIENCE)
+        queued = not (board.done or board.ended or self._has_begun())
+        while queued and not self._hurried and time.monotonic() < began + planner.QUEUED:
+            self._mailer.ring()
+            board.wait(lambda: board.done > 0 or board.ended or self._hurried, time.monotonic() + planner.PATIENCE)
+            queued = not (board.done or board.ended or self._has_begun())
+            if not queued:
+                board.wait(lambda: board.done >= sent or board.ended, time.monotonic() + planner.PATIENCE)
         seconds = None
         if board.done:
             with contextlib.suppress(WorkbenchError):  # then nothing is measured
                 self._inbox.fetch(board)
             taken = [s for outcomes in board.segments() for s in memoryview(outcomes.segment.seconds).cast("d")]
             seconds = sum(taken) / len(taken) if taken else None
-        return planner.Measured(seconds, self._bytes / max(1, sent), slots, self._packet.concurrent)
+        return planner.Measured(seconds, self._bytes / max(1, sent), slots, self._packet.concurrent, queued)
+
+    def _has_begun(self) -> bool:
+        """Tell whether a task of this job has been given to a slot."""
+        try:
+            record = self._store.record(self._packet.job)
+        except WorkbenchError:
+            return False
+        return record is not None and record.running + record.done > 0
 
     def _wait_for_room(self, window: int) -> None:
         """Draw from an iterator only as fast as its tasks are done."""
