@@ -13,6 +13,7 @@ YadtqError
 │   ├── JobExistsError                  the name is taken
 │   ├── JobNotFoundError (LookupError)  no such job on this queue
 │   ├── JobIncompleteError              its client died, or its iterator raised, while it was being sent
+│   ├── QueueClosedError                this process hears no more of it
 │   ├── JobCancelledError               someone has cancelled it
 │   └── JobTimeoutError (TimeoutError)  not finished in the time that was given
 └── TaskError                           one task failed, and its own exception cannot be shown
@@ -86,6 +87,10 @@ class JobExistsError(JobError):
 
 class JobNotFoundError(JobError, LookupError):
     """The queue knows no job of that name or id."""
+
+
+class QueueClosedError(JobError):
+    """This process has closed its queue, and hears no more of the job, which goes on."""
 
 
 class JobIncompleteError(JobError):

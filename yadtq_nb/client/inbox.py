@@ -20,6 +20,7 @@ from yadtq_nb.errors import (
     JobIncompleteError,
     JobNotFoundError,
     JobTimeoutError,
+    QueueClosedError,
     WorkbenchError,
 )
 from yadtq_nb.model import JobState
@@ -101,15 +102,14 @@ class Inbox:
         with self._lock:
             self._sending.discard(job)
 
-    def close(self) -> None:
-        """Stop listening: whoever waits for a job is told so."""
+    def close(self, why: str) -> None:
+        """Stop listening: whoever waits for a job is told why."""
         self._closing = True
         self._thread.join()
         with self._lock:
             boards = list(self._boards.values())
         for board in boards:
-            closed = f"the queue was closed while job {board.job} ran; it goes on: open a queue and use queue.job(...)"
-            self._end(board, JobError(closed, job=board.job))
+            self._end(board, QueueClosedError(f"{why} while job {board.job} ran", job=board.job))
         self._news.close()
         self._store.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -12,7 +13,14 @@ from yadtq_nb import codec
 from yadtq_nb.client.board import Board, Failure, Outcomes, cancelled, revive
 from yadtq_nb.client.future import TaskFuture
 from yadtq_nb.client.inbox import PATIENCE, Inbox, job_state
-from yadtq_nb.errors import JobCancelledError, JobIncompleteError, JobTimeoutError, YadtqError
+from yadtq_nb.errors import (
+    JobCancelledError,
+    JobError,
+    JobIncompleteError,
+    JobTimeoutError,
+    QueueClosedError,
+    YadtqError,
+)
 from yadtq_nb.model import BrokenItem, CallStyle, JobState, Progress, State, WorkerView
 from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobRecord, JobStore
@@ -79,6 +87,7 @@ class Job(Sequence[Future[Any]]):
         self._parameters = parameters
         self._live: LiveCard | None = None
         self._errors: list[str] = []
+        self._pid = os.getpid()
 
     # A sequence of futures.
 
@@ -199,8 +208,16 @@ class Job(Sequence[Future[Any]]):
         return max((max(outcomes.indices(), default=-1) for outcomes in self._board.segments()), default=-1) + 1
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Block until every task has its outcome. False when that was not so within timeout seconds."""
-        return self._board.wait(lambda: self._board.ended, _deadline(timeout))
+        """Block until every task has its outcome. False when that was not so within timeout seconds.
+
+        Raises:
+            QueueClosedError: the queue was closed in this process meanwhile.
+        """
+        self._check_process()
+        ended = self._board.wait(lambda: self._board.ended, _deadline(timeout))
+        if isinstance(self._board.failure, QueueClosedError):
+            raise self._board.failure
+        return ended
 
     def cancel(self) -> int:
         """Cancel every task that has no outcome yet, and return how many there were.
@@ -278,8 +295,18 @@ class Job(Sequence[Future[Any]]):
 
     def want(self) -> None:
         """Have outcomes fetched as they come, and not just counted."""
+        self._check_process()
         if not self._board.wanted:
             self._link.inbox.want(self._board)
+
+    def _check_process(self) -> None:
+        """Refuse in a forked child: no thread of it hears the news, so that it would wait for ever."""
+        if os.getpid() != self._pid:
+            raise JobError(
+                f"job {self.name!r} was sent or found before this process was forked: ask a queue for it here, by "
+                f"queue.job({self.name!r})",
+                job=self.name,
+            )
 
     # Where it stands.
 
@@ -288,7 +315,9 @@ class Job(Sequence[Future[Any]]):
         """State of the whole job."""
         record = self._record()
         state = JobState.RUNNING if record is None else job_state(record)
-        return JobState.INCOMPLETE if state is JobState.RUNNING and self._board.failure is not None else state
+        failure = self._board.failure
+        missing = failure is not None and not isinstance(failure, QueueClosedError)
+        return JobState.INCOMPLETE if state is JobState.RUNNING and missing else state
 
     @property
     def progress(self) -> Progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
@@ -22,7 +23,7 @@ from yadtq_nb.client.job import Job
 from yadtq_nb.client.options import JobOptions
 from yadtq_nb.client.sender import Mailer, Packet, Sender
 from yadtq_nb.config import Config
-from yadtq_nb.errors import BacklogError, CodecError, JobError, JobExistsError
+from yadtq_nb.errors import BacklogError, CodecError, JobError, JobExistsError, YadtqError
 from yadtq_nb.model import CallStyle, Cancel, Environment, Seal, new_id
 from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobStore
@@ -111,6 +112,13 @@ class Link:
             patiently(lambda: self.store.create(packet.manifest(total, client)), PATIENCE)
         self.mailer.send_entry(packet.manifest(total, client))
         return packet
+
+    def withdraw(self, packet: Packet) -> None:
+        """Give a job's name back when nothing of it was sent."""
+        if all(sender.job != packet.job for sender in self._senders):
+            with contextlib.suppress(YadtqError):
+                if self.store.withdraw(packet.job):
+                    self.mailer.send_entry(Cancel(packet.job))  # nor may it come back from the journal
 
     def post(
         self,
@@ -242,7 +250,16 @@ class Link:
         pending.remove(self)
         self.finish_sending(60.0, ending=True)
         self._publisher.close()
-        self.inbox.close()
+        self.inbox.close("the queue was closed (open one and use queue.job(...): the job goes on)")
+        self.store.close()
+
+    def leave(self) -> None:
+        """Close without sending anything more: the servers are about to end, and the jobs with them."""
+        pending.remove(self)
+        for sender in self._senders:
+            sender.stop()
+        self._publisher.close(0.0)
+        self.inbox.close("the LocalCluster was closed, and the job with it,")
         self.store.close()
 
 

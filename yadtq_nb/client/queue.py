@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from yadtq_nb.client.link import Link
+    from yadtq_nb.client.sender import Packet
 
 #: Seconds for which the number of slots is taken as known.
 _SLOTS_KNOWN: Final = 2.0
@@ -172,7 +173,7 @@ class Queue:
         packet = link.packet(fn, {}, "call", _environment(fn, link), chosen)
         if not packet.named and not packet.deadline:
             return link.post_one(packet, (args, kwargs))[0]
-        return link.post(link.claim(packet, 1), [(args, kwargs)], 1, 1, self._slots)[0]
+        return self._post(link, packet, [(args, kwargs)], 1, 1)[0]
 
     def _send(
         self,
@@ -188,7 +189,16 @@ class Queue:
         total = len(items) if isinstance(items, list) else None
         link = self._link()
         packet = link.packet(fn, kwargs or {}, style, _environment(fn, link, items), chosen)
-        return link.post(link.claim(packet, total), items, total, chosen.chunksize, self._slots)
+        return self._post(link, packet, items, total, chosen.chunksize)
+
+    def _post(
+        self, link: Link, packet: Packet, items: list[Any] | Iterator[Any], total: int | None, chunksize: int | None
+    ) -> Job:
+        try:
+            return link.post(link.claim(packet, total), items, total, chunksize, self._slots)
+        except BaseException:  # Ctrl-C, or a server that has gone: the same cell can be run again
+            link.withdraw(packet)
+            raise
 
     # Finding.
 
@@ -239,6 +249,13 @@ class Queue:
             opened, self._opened = self._opened, None
         if opened is not None and opened[0] == os.getpid():
             opened[2].close()
+
+    def _leave(self) -> None:
+        """Close at once: the servers are about to end."""
+        with self._lock:
+            opened, self._opened = self._opened, None
+        if opened is not None and opened[0] == os.getpid():
+            opened[2].leave()
 
     def __enter__(self) -> Queue:
         return self

@@ -7,6 +7,7 @@ import secrets
 import shutil
 import subprocess
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -101,6 +102,7 @@ class LocalCluster:
         self._timeout = timeout
         self._queue = queue
         self._owner = os.getpid()
+        self._queues: weakref.WeakSet[Queue] = weakref.WeakSet()
         self._keeper: subprocess.Popen[bytes] | None = None
         self._home = Home(Path(tempfile.mkdtemp(prefix="yadtq-")))
         self.workers = [LocalWorker(self, f"node-{number}") for number in range(1, workers + 1)]
@@ -127,7 +129,9 @@ class LocalCluster:
         """Return a queue on these servers: the one that its workers serve, unless named."""
         from yadtq_nb import Queue
 
-        return Queue(name or self._queue, config=self.config)
+        queue = Queue(name or self._queue, config=self.config)
+        self._queues.add(queue)
+        return queue
 
     def wait(self) -> None:
         """Wait until every part is up.
@@ -151,6 +155,8 @@ class LocalCluster:
         """End every process and remove the directory. May be called again."""
         if os.getpid() != self._owner:  # a forked child has a copy of this object, but not the cluster
             return
+        for queue in list(self._queues):
+            queue._leave()  # the cluster and its queues are one to whoever closes it
         if self._keeper is not None and self._keeper.poll() is None:
             self._keeper.terminate()
             try:

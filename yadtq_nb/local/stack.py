@@ -6,7 +6,7 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Literal
 
 import msgspec
@@ -113,10 +113,8 @@ class Stack:
         Raises:
             LocalStackError: it cannot be started; the message names the log.
         """
-        try:
+        with _explained(self.home):
             return self._serving(queue) or self._start_or_mend(queue)
-        except OSError as exc:
-            raise LocalStackError(f"the local stack's directory {self.home.path} cannot be used: {exc}") from exc
 
     def status(self) -> StackStatus:
         """Look at every part, and ask the servers."""
@@ -304,13 +302,28 @@ def ensure_up(queue: str = "default") -> config.Config:
 def status() -> StackStatus:
     """Look at every part of this user's stack for this Python environment."""
     servers.check_platform()
-    return Stack(Home.of_this_environment()).status()
+    stack = Stack(Home.of_this_environment())
+    with _explained(stack.home):
+        return stack.status()
 
 
 def down() -> bool:
     """End this user's stack for this Python environment, and return whether there was one. What is stored stays."""
     servers.check_platform()
-    return Stack(Home.of_this_environment()).down()
+    stack = Stack(Home.of_this_environment())
+    with _explained(stack.home):
+        return stack.down()
+
+
+@contextlib.contextmanager
+def _explained(home: Home) -> Iterator[None]:
+    """Raise what is wrong with the directory as an error that names it."""
+    try:
+        yield
+    except OSError as exc:
+        raise LocalStackError(
+            f"the local stack's directory {home.path} cannot be used: {exc}; YADTQ_HOME names another one"
+        ) from exc
 
 
 def cores() -> int:

@@ -20,7 +20,7 @@ from yadtq_nb.errors import WorkbenchError, WorkbenchFullError
 
 VERBS: Final = (
     *("feed", "take", "finish", "release", "retry", "mark", "beat", "reap", "init"),
-    *("create", "seal", "cancel", "drop", "reopen"),
+    *("create", "seal", "cancel", "drop", "reopen", "withdraw"),
 )
 
 _T = TypeVar("_T")

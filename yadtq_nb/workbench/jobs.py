@@ -155,6 +155,10 @@ class JobStore:
             ).decode()
         )
 
+    def withdraw(self, job: str) -> bool:
+        """Forget a job of which nothing was sent, and give its name back."""
+        return bool(self._redis.call("withdraw", job))
+
     def seal(self, seal: Seal) -> None:
         """Say how many tasks there are, once all are sent."""
         self._redis.call("seal", seal.id, seal.total, _pack(seal.ends), int(self._config.keep))
