@@ -164,8 +164,9 @@ def test_node_whose_disk_is_full_takes_nothing_for_a_while_and_its_task_is_not_h
     cluster = make_cluster(slots=2, workers=1)
     queue = cluster.queue()
     large = bytes(100_000)
-    slow = queue.submit(lambda: time.sleep(3) or os.getppid())
-    when(lambda: slow.job.progress.running)
+    begun = tmp_path / "begun"
+    slow = queue.submit(lambda: begun.touch() or time.sleep(3) or os.getppid())
+    when(begun.exists)
     pid = cluster.workers[0].pid
     (node,) = queue.workers().index
     (blobs,) = Path(tempfile.gettempdir()).glob(f"yadtq-node-{node}-*/blobs")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -67,6 +68,10 @@ def events_topic(queue: str) -> str:
     return f"yadtq.{queue}.events"
 
 
+#: Seconds between looks for a topic that was just made.
+_LOOK_AGAIN: Final = 0.05
+
+
 class Topics:
     """The topics of one queue, looked at and made where they are missing."""
 
@@ -87,7 +92,10 @@ class Topics:
             found = self._describe()
             if found is None:
                 self._create()
-                found = self._describe()
+                # A broker tells of a new topic a moment after it has made it.
+                deadline = time.monotonic() + TIMEOUT
+                while (found := self._describe()) is None and time.monotonic() < deadline:
+                    time.sleep(_LOOK_AGAIN)
         if found is None:
             raise BacklogError(f"topic {tasks_topic(self._queue)} was made on {self._config.kafka}, but is not there")
         return found
