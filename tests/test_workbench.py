@@ -204,6 +204,16 @@ def test_nothing_is_leased_to_a_node_whose_heartbeat_has_lapsed(bench: Bench) ->
         bench.node("c").feed([bench.batch(bench.head(1))], 1)
 
 
+def test_nothing_is_leased_to_a_node_that_is_known_to_be_dead_until_it_beats(bench: Bench) -> None:
+    """What it has sent arrives late: nobody would run it until the lease lapses."""
+    bench.feed(bench.head(0))
+    bench.node("b").reap("a")
+    with pytest.raises(NotLiveError):
+        bench.node("a").take(1)
+    bench.beat("a")
+    assert len(bench.node("a").take(1)) == 1
+
+
 def test_two_nodes_never_hold_the_same_chunk(bench: Bench) -> None:
     bench.beat("b")
     bench.feed(bench.head(0), bench.head(1))
@@ -334,6 +344,18 @@ def test_job_ends_when_it_is_sealed_and_its_last_outcome_is_there_in_either_orde
         record = bench.store.record(job)
         assert record is not None
         assert record.ended is not None
+
+
+def test_seal_of_a_job_that_redis_has_lost_waits_for_the_job_and_expires_with_it(bench: Bench) -> None:
+    """Redis was wiped before the seal: a job without a name would stay for ever, or one without a total never end."""
+    bench.store.seal(Seal("made", 1))
+    bench.store.seal(Seal("fed", 1))
+    assert bench.store.create(Manifest("made", "made", "fn", 1.0, -1)) == "made"
+    (lease,) = bench.feed(bench.head(0, job="fed"), free=1)
+    bench.finish("a", lease)
+    made, fed = bench.store.records(["made", "fed"])
+    assert (made.name, made.total, made.sealed, made.expires > 0) == ("made", 1, True, True)
+    assert (fed.name, fed.total, fed.ended is not None, fed.expires > 0) == ("fed", 1, True, True)
 
 
 # Partitions.

@@ -16,10 +16,11 @@ local function server_time()
   return tonumber(t[1]) + tonumber(t[2]) / 1e6
 end
 
--- A lapsed node gets nothing: it might die unseen, and nobody would reap what it holds.
+-- A lapsed node gets nothing: it might die unseen, and nobody would reap what it holds. Nor does a dead one, whose call
+-- arrives late.
 local function is_live(node, now, lease)
   local beat = redis.call('ZSCORE', key('beats'), node)
-  return beat and now - tonumber(beat) < lease
+  return beat and now - tonumber(beat) < lease and redis.call('SISMEMBER', key('dead'), node) == 0
 end
 
 -- An open chunk: job, number, first, count, weight (of the job's running counter), size (bytes), left, seq,

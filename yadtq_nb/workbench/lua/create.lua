@@ -8,8 +8,11 @@ if holder and holder ~= id and redis.call('EXISTS', job_key(holder)) == 1 then
   return holder
 end
 redis.call('SET', name_key, id, 'EX', tonumber(ARGV[8]) * 4)
-if redis.call('HSETNX', job_key(id), 'id', id) == 1 then
-  redis.call('HSET', job_key(id), 'name', name, 'function', ARGV[3], 'created', ARGV[4], 'total', ARGV[5], 'style', ARGV[6], 'client', ARGV[7], 'parameters', ARGV[9], 'sealed', 0)
+if redis.call('HSETNX', job_key(id), 'name', name) == 1 then
+  redis.call('HSET', job_key(id), 'id', id, 'function', ARGV[3], 'created', ARGV[4], 'style', ARGV[6], 'client', ARGV[7], 'parameters', ARGV[9])
+  -- Its seal may have come before, when Redis had lost the job.
+  redis.call('HSETNX', job_key(id), 'total', ARGV[5])
+  redis.call('HSETNX', job_key(id), 'sealed', 0)
   redis.call('ZADD', key('jobs'), ARGV[4], id)
   if tonumber(ARGV[10]) > 0 then
     redis.call('ZADD', key('deadlines'), ARGV[10], id)

@@ -22,11 +22,19 @@ local function job_of(c)
   local job = jobs[c[1]]
   if not job then
     local name = job_key(c[1])
+<<<<<<< HEAD
     local f = redis.call('HMGET', name, 'id', 'ended', 'cancelled')
     job = {name = name, known = f[1], ended = f[2], dropped = f[3], bytes = 0, fed = 0, running = 0, spans = ''}
+=======
+    local f = redis.call('HMGET', name, 'name', 'ended')
+    job = {name = name, known = f[1], ended = f[2], bytes = 0, fed = 0, running = 0}
+>>>>>>> machine
     jobs[c[1]] = job
     if not job.known then
-      redis.call('HSET', name, 'id', c[1], 'name', c[7], 'function', c[8], 'total', c[9], 'created', c[10], 'style', c[11], 'sealed', c[9] >= 0 and 1 or 0)
+      redis.call('HSET', name, 'id', c[1], 'name', c[7], 'function', c[8], 'created', c[10], 'style', c[11])
+      -- Its seal may have come before, when Redis had lost the job.
+      redis.call('HSETNX', name, 'total', c[9])
+      redis.call('HSETNX', name, 'sealed', c[9] >= 0 and 1 or 0)
       redis.call('ZADD', key('jobs'), c[10], c[1])
       redis.call('EXPIRE', name, keep * 4)
     end
