@@ -22,13 +22,8 @@ local function job_of(c)
   local job = jobs[c[1]]
   if not job then
     local name = job_key(c[1])
-<<<<<<< HEAD
-    local f = redis.call('HMGET', name, 'id', 'ended', 'cancelled')
+    local f = redis.call('HMGET', name, 'name', 'ended', 'cancelled')
     job = {name = name, known = f[1], ended = f[2], dropped = f[3], bytes = 0, fed = 0, running = 0, spans = ''}
-=======
-    local f = redis.call('HMGET', name, 'name', 'ended')
-    job = {name = name, known = f[1], ended = f[2], bytes = 0, fed = 0, running = 0}
->>>>>>> machine
     jobs[c[1]] = job
     if not job.known then
       redis.call('HSET', name, 'id', c[1], 'name', c[7], 'function', c[8], 'created', c[10], 'style', c[11])
