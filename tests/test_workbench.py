@@ -211,7 +211,7 @@ def test_nothing_is_leased_to_a_node_that_is_known_to_be_dead_until_it_beats(ben
     with pytest.raises(NotLiveError):
         bench.node("a").take(1)
     bench.beat("a")
-    assert len(bench.node("a").take(1)) == 1
+    assert len(bench.node("a").take(1)[0]) == 1
 
 
 def test_two_nodes_never_hold_the_same_chunk(bench: Bench) -> None:
