@@ -17,6 +17,7 @@ YadtqError
 └── TaskError                           one task failed, and its own exception cannot be shown
     ├── TaskCrashedError                it killed its slot too often
     ├── ItemPickleError                 its item cannot be pickled
+    ├── TooLargeError (ValueError)      its argument or result is larger than Redis takes
     └── ResultPickleError               its result cannot be pickled
 
 A task's own exception is raised as itself, with a RemoteTraceback as its cause.
@@ -126,6 +127,10 @@ class TaskCrashedError(TaskError):
 
 class ItemPickleError(TaskError):
     """The item cannot be pickled, so the task could not be sent."""
+
+
+class TooLargeError(TaskError, ValueError):
+    """An argument, function or result is larger than Redis takes at once; the message names both sizes."""
 
 
 class ResultPickleError(TaskError):

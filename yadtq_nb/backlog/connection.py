@@ -18,6 +18,8 @@ _library_log = logging.getLogger("yadtq_nb.kafka")
 
 #: Seconds that Kafka may take to answer before it counts as away.
 TIMEOUT: Final = 10.0
+#: Bytes of refused records that are kept.
+_DEAD_BYTES: Final = str(256 * 1024 * 1024)
 
 
 class Topic(msgspec.Struct, frozen=True):
@@ -67,6 +69,11 @@ def events_topic(queue: str) -> str:
     return f"yadtq.{queue}.events"
 
 
+def dead_topic(queue: str) -> str:
+    """Records that were refused, with the reason."""
+    return f"yadtq.{queue}.dead"
+
+
 class Topics:
     """The topics of one queue, looked at and made where they are missing."""
 
@@ -84,10 +91,10 @@ class Topics:
             BacklogError: Kafka cannot be reached or refuses.
         """
         with translate_kafka_errors(self._config):
-            found = self._describe()
-            if found is None:
+            found, whole = self._describe()
+            if found is None or not whole:
                 self._create()
-                found = self._describe()
+                found, _ = self._describe()
         if found is None:
             raise BacklogError(f"topic {tasks_topic(self._queue)} was made on {self._config.kafka}, but is not there")
         return found
@@ -114,16 +121,12 @@ class Topics:
             for future in self._admin.delete_topics(names, request_timeout=TIMEOUT).values():
                 future.result(TIMEOUT + 1)
 
-    def _describe(self) -> Topic | None:
-        names = TopicCollection([tasks_topic(self._queue)])
-        (future,) = self._admin.describe_topics(names, request_timeout=TIMEOUT).values()
-        try:
-            found = future.result(TIMEOUT + 1)
-        except KafkaException as exc:
-            if exc.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
-                return None
-            raise
-        return Topic(found.name, str(found.topic_id), len(found.partitions)) if found.partitions else None
+    def _describe(self) -> tuple[Topic | None, bool]:
+        """Return the tasks topic, and whether the dead topic is there too: queues of older versions have none."""
+        names = [tasks_topic(self._queue), dead_topic(self._queue)]
+        futures = self._admin.describe_topics(TopicCollection(names), request_timeout=TIMEOUT)
+        tasks, dead = (_described(futures[name]) for name in names)
+        return tasks, dead is not None
 
     def _create(self) -> None:
         replication = self._config.replication or -1
@@ -133,6 +136,7 @@ class Topics:
             NewTopic(tasks_topic(self._queue), self._config.partitions, replication, config=kept),
             NewTopic(jobs_topic(self._queue), 1, replication, config={"cleanup.policy": "compact"}),
             NewTopic(events_topic(self._queue), 1, replication),
+            NewTopic(dead_topic(self._queue), 1, replication, config={"retention.bytes": _DEAD_BYTES}),
         ]
         for future in self._admin.create_topics(topics, request_timeout=TIMEOUT).values():
             try:
@@ -141,3 +145,13 @@ class Topics:
                 # Another node or client was first.
                 if exc.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
                     raise
+
+
+def _described(future: Any) -> Topic | None:
+    try:
+        found = future.result(TIMEOUT + 1)
+    except KafkaException as exc:
+        if exc.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+            return None
+        raise
+    return Topic(found.name, str(found.topic_id), len(found.partitions)) if found.partitions else None
