@@ -150,6 +150,34 @@ def workers(
         _print_frame(opened.workers().reset_index()[columns].to_string(index=False), empty="No workers.")
 
 
+@app.command(rich_help_panel="Queue")
+def dead(
+    queue: QueueName = "default",
+    kafka: Kafka = None,
+    redis: Redis = None,
+    secret_file: SecretFile = None,
+    limit: Annotated[int, typer.Option(help="How many, newest first.")] = 20,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a line, with all that is known.")] = False,
+) -> None:
+    """List the records that workers have refused: when, where from, why, how large, and of which job if known."""
+    from yadtq_nb import Queue
+
+    with Queue(queue, kafka=kafka, redis=redis, secret=_secret(secret_file)) as opened:
+        refused = opened.dead().head(limit)
+    if json:
+        text = refused.to_json(orient="records", lines=True, date_format="iso", date_unit="s")
+        out.print(text.rstrip("\n"), markup=False, end="\n" if text else "")
+        return
+    if refused.empty:
+        out.print("Nothing was refused.")
+        return
+    table = Table("time", "partition", "offset", "bytes", "job", "reason", box=None, pad_edge=False)
+    for row in refused.itertuples():
+        place = [f"{row.time:%Y-%m-%d %H:%M:%S}", str(row.partition), str(row.offset), f"{row.size:,}"]
+        table.add_row(*place, escape(str(row.job)), escape(f"{row.error}: {row.reason}"))
+    out.print(table, soft_wrap=False)
+
+
 def shown(url: str) -> str:
     """Return a URL with its password hidden."""
     parts = urlsplit(url)

@@ -24,6 +24,7 @@ import zstandard
 
 from yadtq_nb.errors import FormatError, SignatureError
 from yadtq_nb.model import ChunkHead, Segment
+from yadtq_nb.salvage import load_each
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
@@ -47,7 +48,16 @@ _SAMPLE: Final = 16 * 1024
 _OUT_OF_BAND_FROM: Final = 4 * 1024
 _ALIGN: Final = 16
 _COUNT: Final = struct.Struct("<I")
+#: Largest chunk that is fed, packed or unpacked, in bytes: clients make none of half that size.
+MAX_CHUNK: Final = 4 * 1024 * 1024
+#: Most tasks in a chunk that is read: clients make none of a tenth of that.
+_MOST_TASKS: Final = 100_000
+_UINT32: Final = 2**32
+#: What may be a part of a file's or a key's name.
+_NAME: Final = re.compile(r"[0-9A-Za-z_-][0-9A-Za-z_.-]{0,127}")
 _SETS_CLASS: Final = re.compile(rb"_class_setstate")
+
+_SAME_VERSION: Final = "install the same version of yadtq-nb on the notebook and the workers"
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_chunk = msgspec.msgpack.Decoder(ChunkHead).decode
@@ -72,32 +82,41 @@ def seal(secret: bytes, kind: bytes, *parts: Buffer) -> bytes:
     return b"".join((prefix, signature, *parts))
 
 
-def unseal(secret: bytes, kind: bytes, frame: Buffer) -> memoryview:
+def unseal(secret: bytes, kind: bytes, frame: Buffer, *, most: int | None = None) -> memoryview:
     """Verify a frame and return its body.
 
+    Args:
+        most: bytes that the body may have at most.
+
     Raises:
-        FormatError: not a frame, of another version, or of another kind.
-        SignatureError: not signed with this secret.
+        FormatError: not a frame, of another version or kind, or too large.
+        SignatureError: not signed with this secret, or not as it was signed.
     """
     view = memoryview(frame)
     if len(view) < _HEADER or bytes(view[:2]) != _MAGIC:
-        raise FormatError("not a yadtq record: it does not start with the magic bytes, or is cut short")
+        raise FormatError(
+            "not a yadtq record: it does not start with the magic bytes, or is cut short; "
+            "send tasks by Queue.map or Queue.submit only"
+        )
     _, version, found, flags = _PREFIX.unpack_from(view)
     if version != _VERSION:
         raise FormatError(
-            f"record of format version {version}, but this side knows version {_VERSION}: "
-            "install the same version of yadtq-nb on the notebook and the workers"
+            f"record of format version {version}, but this side knows version {_VERSION}: {_SAME_VERSION}"
         )
+    if most is not None:
+        _check_size(len(view), most)
     body = view[_HEADER:]
     if not hmac.compare_digest(_sign(secret, view[: _PREFIX.size], (body,)), view[_PREFIX.size : _HEADER]):
         raise SignatureError(
-            "record is not signed with this queue's secret: set the same YADTQ_SECRET (or secret=) "
-            "in the notebook and on every worker"
+            "record is not signed with this queue's secret, or was changed or cut short on its way: "
+            "set the same YADTQ_SECRET (or secret=) in the notebook and on every worker"
         )
     if found != kind:
         raise FormatError(f"record of kind {found!r} where kind {kind!r} was expected")
     if flags & _COMPRESSED:
         try:
+            if most is not None:
+                _check_size(zstandard.frame_content_size(body), most)
             return memoryview(zstandard.ZstdDecompressor().decompress(body))
         except zstandard.ZstdError as exc:
             raise FormatError(f"record cannot be decompressed: {exc}") from exc
@@ -147,6 +166,21 @@ def loads(data: Buffer) -> Any:
     return pickle.loads(pickled, buffers=buffers)
 
 
+def loads_each(data: Buffer) -> list[Any]:
+    """Unpickle a list that loads fails on: an Unreadable with what it raises stands for each item that is to blame.
+
+    Raises:
+        FormatError: cut short.
+        Exception: whatever unpickling raises, where no single item is to blame.
+    """
+    return load_each(*_parts(data))
+
+
+def loads_each_home(data: Buffer) -> list[Any]:
+    """Do what loads_each does, for what loads_home fails on."""
+    return load_each(*_parts(data), _HomeClasses)
+
+
 def loads_home(data: Buffer) -> Any:
     """Unpickle what a worker has made of this process's own: classes that are known here stay as they are.
 
@@ -165,7 +199,7 @@ def sets_classes(pickled: Buffer) -> bool:
     return _SETS_CLASS.search(pickled) is not None
 
 
-class _HomeUnpickler(pickle.Unpickler):
+class _HomeClasses:
     """cloudpickle sends a notebook's class with each instance, and would set the class here to what it was there.
 
     Its methods would then use copies of the notebook's globals, and what was assigned to the class would be undone.
@@ -176,7 +210,7 @@ class _HomeUnpickler(pickle.Unpickler):
         self._known: set[int] = set()
 
     def find_class(self, module: str, name: str) -> Any:
-        found = super().find_class(module, name)
+        found = super().find_class(module, name)  # type: ignore[misc]  # an unpickler's
         if module == "cloudpickle.cloudpickle" and name in ("_make_skeleton_class", "_make_skeleton_enum"):
             return functools.partial(self._make, found)
         if module == "cloudpickle.cloudpickle" and name == "_class_setstate":
@@ -195,6 +229,10 @@ class _HomeUnpickler(pickle.Unpickler):
 
     def _set(self, set_state: Callable[[type, Any], type], cls: type, state: Any) -> type:
         return cls if id(cls) in self._known else set_state(cls, state)
+
+
+class _HomeUnpickler(_HomeClasses, pickle.Unpickler):
+    """Unpickles what belongs to this process."""
 
 
 def _parts(data: Buffer) -> tuple[memoryview, list[memoryview]]:
@@ -218,6 +256,8 @@ def _parts(data: Buffer) -> tuple[memoryview, list[memoryview]]:
     for size in sizes[1:]:
         start = end + (-end % _ALIGN)
         end = start + size
+        if end > len(view):
+            raise FormatError("pickle is cut short")
         buffers.append(view[start:end])
     return view[position:data_end], buffers
 
@@ -228,18 +268,23 @@ def encode_chunk(secret: bytes, head: ChunkHead, function: Buffer, arguments: It
     return seal(secret, CHUNK, _COUNT.pack(len(encoded)), encoded, function, *arguments)
 
 
-def decode_chunk(secret: bytes, record: Buffer) -> tuple[ChunkHead, memoryview, memoryview]:
+def decode_chunk(secret: bytes, record: Buffer, *, most: int | None = None) -> tuple[ChunkHead, memoryview, memoryview]:
     """Verify a chunk's record and return its head, function pickle and arguments pickle, nothing unpickled.
 
+    Args:
+        most: bytes that it may have at most, packed or unpacked.
+
     Raises:
-        FormatError: malformed or of another version.
+        FormatError: malformed, too large, or of another version.
         SignatureError: not signed with this secret.
     """
-    encoded, rest = _split(unseal(secret, CHUNK, record))
+    encoded, rest = _split(unseal(secret, CHUNK, record, most=most))
     try:
         head = _decode_chunk(encoded)
-    except msgspec.MsgspecError as exc:
-        raise FormatError(f"chunk cannot be read: {exc}") from exc
+    except (msgspec.MsgspecError, RecursionError) as exc:
+        raise FormatError(f"chunk cannot be read: {exc}; {_SAME_VERSION}") from exc
+    if (wrong := _wrong_field(head)) is not None:
+        raise FormatError(f"chunk cannot be read: its {wrong} is out of range; {_SAME_VERSION}")
     return head, rest[: head.function_size], rest[head.function_size :]
 
 
@@ -259,8 +304,21 @@ def decode_segment(secret: bytes, frame: Buffer) -> tuple[Segment, memoryview]:
     encoded, rest = _split(unseal(secret, SEGMENT, frame))
     try:
         return _decode_segment(encoded), rest
-    except msgspec.MsgspecError as exc:
+    except (msgspec.MsgspecError, RecursionError) as exc:
         raise FormatError(f"outcomes cannot be read: {exc}") from exc
+
+
+def claimed_job(record: Buffer) -> str:
+    """Return which job a record says that it belongs to, nothing verified: to be shown, and for nothing else."""
+    view = memoryview(record)
+    try:
+        _, _, kind, flags = _PREFIX.unpack_from(view)
+        if kind != CHUNK or flags & _COMPRESSED or len(view) > MAX_CHUNK:
+            return ""
+        job = _decode_chunk(_split(view[_HEADER:])[0]).job
+    except (struct.error, msgspec.MsgspecError, FormatError, RecursionError):
+        return ""
+    return job if _NAME.fullmatch(job) else ""
 
 
 def content_hash(data: Buffer) -> str:
@@ -271,6 +329,30 @@ def content_hash(data: Buffer) -> str:
 def fingerprint(secret: bytes) -> str:
     """Tell secrets apart without showing them: 16 hex digits."""
     return hmac.new(secret, b"yadtq fingerprint", hashlib.sha256).hexdigest()[:16]
+
+
+def _check_size(size: int, most: int) -> None:
+    if size > most:
+        raise FormatError(
+            f"record of {size:,} bytes, where at most {most:,} are read: clients send larger arguments by reference; "
+            "send tasks by Queue.map or Queue.submit only"
+        )
+
+
+def _wrong_field(head: ChunkHead) -> str | None:
+    """Return the name of a field that would harm whoever goes by it, or None: names become those of keys and files."""
+    named = (("job", head.job), ("function", head.function), ("source tree", head.environment.tree or "none"))
+    for field, name in named:
+        if _NAME.fullmatch(name) is None:
+            return field
+    if not 0 <= head.number < _UINT32:
+        return "number"
+    if not (head.first >= 0 and 1 <= head.count <= _MOST_TASKS and head.first + head.count <= _UINT32):
+        return "number of tasks"
+    if not -1 <= head.total <= _UINT32:
+        return "total"
+    # Written so that it is wrong for what is not a number.
+    return None if 0 <= head.created < 1e12 else "time"
 
 
 def _split(body: memoryview) -> tuple[memoryview, memoryview]:

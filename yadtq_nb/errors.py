@@ -20,6 +20,7 @@ YadtqError
     ├── TaskCrashedError                it killed its slot too often
     ├── TaskTimeoutError (TimeoutError) it took longer than timeout=
     ├── ItemPickleError                 its item cannot be pickled
+    ├── TooLargeError (ValueError)      its argument or result is larger than Redis takes
     └── ResultPickleError               its result cannot be pickled
 
 A task's own exception is raised as itself, with a RemoteTraceback as its cause.
@@ -141,6 +142,10 @@ class TaskTimeoutError(TaskError, TimeoutError):
 
 class ItemPickleError(TaskError):
     """The item cannot be pickled, so the task could not be sent."""
+
+
+class TooLargeError(TaskError, ValueError):
+    """An argument, function or result is larger than Redis takes at once; the message names both sizes."""
 
 
 class ResultPickleError(TaskError):

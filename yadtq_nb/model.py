@@ -137,12 +137,16 @@ class ChunkHead(msgspec.Struct, frozen=True, array_like=True):
 
 
 class BrokenItem(msgspec.Struct, frozen=True):
-    """Stands in a chunk's arguments for an item that could not be pickled: its task fails, its mates run."""
+    """Stands in a chunk's arguments for an item that cannot be sent or read: its task fails, its mates run."""
 
     #: Index of the task in its job.
     index: int
-    #: Why it could not be pickled.
+    #: Why it could not be sent.
     message: str
+    #: Name of the error that its task ends with.
+    error: str = "ItemPickleError"
+    #: That error itself, where a slot could not read the item.
+    info: ErrorInfo | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -320,6 +324,8 @@ class Lease(msgspec.Struct, frozen=True):
     notes: dict[int, tuple[str, ...]] = {}
     #: Offsets that are not to be run now: they wait for their next attempt.
     waiting: frozenset[int] = frozenset()
+    #: Why its record cannot be read, where that is so: its tasks end with this.
+    trouble: str = ""
 
 
 def chunk_id(job: str, number: int) -> str:

@@ -19,6 +19,8 @@ _library_log = logging.getLogger("yadtq_nb.kafka")
 
 #: Seconds that Kafka may take to answer before it counts as away.
 TIMEOUT: Final = 10.0
+#: Bytes of refused records that are kept.
+_DEAD_BYTES: Final = str(256 * 1024 * 1024)
 
 
 class Topic(msgspec.Struct, frozen=True):
@@ -68,6 +70,11 @@ def events_topic(queue: str) -> str:
     return f"yadtq.{queue}.events"
 
 
+def dead_topic(queue: str) -> str:
+    """Records that were refused, with the reason."""
+    return f"yadtq.{queue}.dead"
+
+
 #: Seconds between looks for a topic that was just made.
 _LOOK_AGAIN: Final = 0.05
 
@@ -89,13 +96,14 @@ class Topics:
             BacklogError: Kafka cannot be reached or refuses.
         """
         with translate_kafka_errors(self._config):
-            found = self._describe()
-            if found is None:
+            found, whole = self._describe()
+            if found is None or not whole:
                 self._create()
                 # A broker tells of a new topic a moment after it has made it.
                 deadline = time.monotonic() + TIMEOUT
-                while (found := self._describe()) is None and time.monotonic() < deadline:
+                while not (made := self._describe())[1] and time.monotonic() < deadline:
                     time.sleep(_LOOK_AGAIN)
+                found = made[0]
         if found is None:
             raise BacklogError(f"topic {tasks_topic(self._queue)} was made on {self._config.kafka}, but is not there")
         return found
@@ -122,16 +130,12 @@ class Topics:
             for future in self._admin.delete_topics(names, request_timeout=TIMEOUT).values():
                 future.result(TIMEOUT + 1)
 
-    def _describe(self) -> Topic | None:
-        names = TopicCollection([tasks_topic(self._queue)])
-        (future,) = self._admin.describe_topics(names, request_timeout=TIMEOUT).values()
-        try:
-            found = future.result(TIMEOUT + 1)
-        except KafkaException as exc:
-            if exc.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
-                return None
-            raise
-        return Topic(found.name, str(found.topic_id), len(found.partitions)) if found.partitions else None
+    def _describe(self) -> tuple[Topic | None, bool]:
+        """Return the tasks topic, and whether the dead topic is there too: queues of older versions have none."""
+        names = [tasks_topic(self._queue), dead_topic(self._queue)]
+        futures = self._admin.describe_topics(TopicCollection(names), request_timeout=TIMEOUT)
+        tasks, dead = (_described(futures[name]) for name in names)
+        return tasks, dead is not None
 
     def _create(self) -> None:
         replication = self._config.replication or -1
@@ -141,6 +145,7 @@ class Topics:
             NewTopic(tasks_topic(self._queue), self._config.partitions, replication, config=kept),
             NewTopic(jobs_topic(self._queue), 1, replication, config={"cleanup.policy": "compact"}),
             NewTopic(events_topic(self._queue), 1, replication),
+            NewTopic(dead_topic(self._queue), 1, replication, config={"retention.bytes": _DEAD_BYTES}),
         ]
         for future in self._admin.create_topics(topics, request_timeout=TIMEOUT).values():
             try:
@@ -149,3 +154,13 @@ class Topics:
                 # Another node or client was first.
                 if exc.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
                     raise
+
+
+def _described(future: Any) -> Topic | None:
+    try:
+        found = future.result(TIMEOUT + 1)
+    except KafkaException as exc:
+        if exc.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+            return None
+        raise
+    return Topic(found.name, str(found.topic_id), len(found.partitions)) if found.partitions else None

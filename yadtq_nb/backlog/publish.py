@@ -1,4 +1,5 @@
-"""Producing: chunks round robin over the partitions, jobs to the compacted topic, events to the flight recorder.
+"""Producing: chunks round robin over the partitions, jobs to the compacted topic, events to the flight recorder, and
+what was refused to the dead topic.
 
 A record that was handed over is held here until the broker has acknowledged it; on a broker that keeps it in memory
 only, until it has been fed to the workbench. When the producer cannot go on (the topic was made again, the broker in
@@ -19,10 +20,12 @@ from typing import Any, Final, Protocol
 import msgspec
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
+from yadtq_nb.backlog import dead
 from yadtq_nb.backlog.connection import (
     TIMEOUT,
     Topic,
     Topics,
+    dead_topic,
     events_topic,
     jobs_topic,
     settings,
@@ -64,12 +67,16 @@ class Fed(Protocol):
 class _Letter:
     """A record that was handed over, until it is safe or given up."""
 
-    __slots__ = ("acknowledged", "deadline", "key", "place", "to_jobs", "value")
+    __slots__ = ("acknowledged", "deadline", "key", "note", "place", "to_jobs", "value")
 
-    def __init__(self, value: bytes, key: bytes | None, acknowledged: Acknowledged | None) -> None:
+    def __init__(
+        self, value: bytes, key: bytes | None, acknowledged: Acknowledged | None, note: bytes | None = None
+    ) -> None:
         self.value = value
         self.key = key
-        self.to_jobs = key is not None
+        #: Why it was refused, for the dead topic.
+        self.note = note
+        self.to_jobs = key is not None and note is None
         self.acknowledged = acknowledged
         self.deadline = time.monotonic() + GIVE_UP
         #: Topic id, partition and offset, once the broker has it.
@@ -121,6 +128,14 @@ class Publisher:
     def send_job(self, key: str, value: bytes, acknowledged: Acknowledged | None = None) -> None:
         """Produce to the compacted topic of jobs: the last value of a key is kept."""
         self._post(_Letter(value, key.encode(), acknowledged))
+
+    def send_dead(self, note: dead.Dead, record: bytes) -> None:
+        """Put a refused record aside. Sent again until the broker has it, as chunks are: see flush.
+
+        Raises:
+            BacklogError: it is refused before it is sent.
+        """
+        self._post(_Letter(record[: dead.KEPT], note.key.encode(), _told_if_lost, dead.encode(note)))
 
     def send_event(self, event: str, **facts: Any) -> None:
         """Write a line to the flight recorder. Never waits, and is not sent again: events are worth less than work."""
@@ -184,9 +199,14 @@ class Publisher:
         topic, partition = (
             (jobs_topic(self._queue), 0) if letter.to_jobs else (tasks_topic(self._queue), next(self._partitions))
         )
+        more: dict[str, Any] = {}
+        if letter.note is not None:
+            topic, partition, more = dead_topic(self._queue), 0, {"headers": [(dead.HEADER, letter.note)]}
         try:
             with translate_kafka_errors(self._config):
-                producer.produce(topic, letter.value, key=letter.key, partition=partition, on_delivery=on_delivery)
+                producer.produce(
+                    topic, letter.value, key=letter.key, partition=partition, on_delivery=on_delivery, **more
+                )
         except BacklogError as exc:
             if isinstance(exc.__cause__, KafkaException) and exc.__cause__.args[0].fatal():
                 self._broken.set()
@@ -298,6 +318,11 @@ class Publisher:
             late = [letter for letter in self._letters.values() if letter.deadline < now]
         for letter in late:
             self._settle(letter, BacklogError(f"Kafka at {self._config.kafka} was away for {GIVE_UP:.0f} s"))
+
+
+def _told_if_lost(error: BacklogError | None, _partition: int, _offset: int) -> None:
+    if error is not None:
+        log.error("a refused record could not be put on the dead topic: %s", error)
 
 
 def _is_fed(letter: _Letter, fed: Mapping[int, Fed]) -> bool:

@@ -173,7 +173,8 @@ def replay_jobs(config: Config, queue: str) -> Iterator[tuple[str, bytes | None]
                     raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
                 if message.error() is None:
                     key, value = message.key(), message.value()
-                    yield (key.decode() if isinstance(key, bytes) else str(key)), value
+                    # Whoever wrote it: a key that is no text must not end the node that reads it.
+                    yield (key.decode(errors="replace") if isinstance(key, bytes) else str(key)), value
                     reached = (message.offset() or 0) + 1
         finally:
             consumer.close()

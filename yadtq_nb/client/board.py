@@ -18,6 +18,7 @@ from typing import Any, Final
 from yadtq_nb import codec, errors
 from yadtq_nb.errors import FormatError, JobCancelledError, JobError, RemoteTraceback, ResultPickleError, TaskError
 from yadtq_nb.model import STATE_OF_CODE, ErrorInfo, Segment, State
+from yadtq_nb.salvage import Unreadable
 from yadtq_nb.workbench.jobs import Stored
 
 _SUCCEEDED: Final = ord("S")
@@ -81,15 +82,24 @@ class Outcomes:
                 self._values = codec.loads_home(self._pickled)
             except Exception as exc:  # whatever the user's objects do when they are unpickled
                 self._unreadable = True
-                self._values = [Failure(self._why_unreadable(exc))] * self.segment.states.count(_SUCCEEDED)
+                self._values = self._readable(exc)
             self._pickled = memoryview(b"")
         return self._values
 
-    def _why_unreadable(self, exc: Exception) -> ErrorInfo:
-        indices = self.segment.indices()
-        which = f"task {indices[0]}" if len(indices) == 1 else f"tasks {min(indices)} to {max(indices)}"
-        message = f"the results of {which} cannot be unpickled here: {type(exc).__name__}: {exc}"
-        return ErrorInfo("yadtq_nb.errors.ResultPickleError", message, "", ours=ResultPickleError.__name__)
+    def _readable(self, exc: Exception) -> list[Any]:
+        """Return what can be unpickled one by one; where none is to blame, all are."""
+        segment = self.segment
+        indices = [i for i, code in zip(segment.indices(), segment.states, strict=True) if code == _SUCCEEDED]
+        try:
+            values = codec.loads_each_home(self._pickled)
+        except Exception:  # as above
+            values = []
+        if len(values) != len(indices):
+            return [Failure(_why_unreadable(exc, indices)) for _ in indices]
+        return [
+            Failure(_why_unreadable(value.error, [index])) if type(value) is Unreadable else value
+            for index, value in zip(indices, values, strict=True)
+        ]
 
     def rows(self) -> Iterator[tuple[int, int, Any]]:
         """Yield (index in the job, position in the segment, value or Failure) of each outcome that counts."""
@@ -99,6 +109,12 @@ class Outcomes:
             value = next(values) if code == _SUCCEEDED else Failure(segment.errors.get(index))
             if not self._mask or self._mask[position] == ord("1"):
                 yield index, position, value
+
+
+def _why_unreadable(exc: Exception, indices: Sequence[int]) -> ErrorInfo:
+    which = f"task {indices[0]}" if len(indices) == 1 else f"tasks {min(indices)} to {max(indices)}"
+    message = f"the results of {which} cannot be unpickled here: {type(exc).__name__}: {exc}"
+    return ErrorInfo("yadtq_nb.errors.ResultPickleError", message, "", ours=ResultPickleError.__name__)
 
 
 class Dropped(Outcomes):

@@ -194,10 +194,11 @@ class Inbox:
             self._end(board, failure)
 
     def _end(self, board: Board, failure: JobError | None = None) -> None:
-        self._forget(board)
+        self.forget(board)
         board.end(failure)
 
-    def _forget(self, board: Board) -> None:
+    def forget(self, board: Board) -> None:
+        """Watch a board no more."""
         with self._lock:
             self._boards.pop(board.job, None)
             self._last_known.pop(board.job, None)
@@ -237,7 +238,7 @@ class Inbox:
         elif record.ended is not None:
             self._end(board, stopped(record.name, record.cancel) if record.cancel else None)
         elif board.ended:
-            self._forget(board)
+            self.forget(board)
         elif board.failure is None and self._is_abandoned(record) and record.done >= record.fed:
             self._end(board, incomplete(record))
 

@@ -23,7 +23,7 @@ from yadtq_nb.client.job import Job
 from yadtq_nb.client.options import JobOptions
 from yadtq_nb.client.sender import Mailer, Packet, Sender
 from yadtq_nb.config import Config
-from yadtq_nb.errors import BacklogError, CodecError, JobError, JobExistsError, YadtqError
+from yadtq_nb.errors import BacklogError, CodecError, JobError, JobExistsError, TooLargeError, YadtqError
 from yadtq_nb.model import CallStyle, Cancel, Environment, Seal, new_id
 from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobStore
@@ -164,7 +164,11 @@ class Link:
                 board.end(failure)
 
         future: Future[Any] = job[0]
-        self.mailer.send(packet, 0, 0, [item], acknowledged, total=1)
+        try:
+            self.mailer.send(packet, 0, 0, [item], acknowledged, total=1)
+        except TooLargeError:
+            self.inbox.forget(board)
+            raise
         self.mailer.ring()
         assert future is job[0]
         return job

@@ -241,6 +241,17 @@ class Queue:
 
         return tables.workers(self._link().store.workers())
 
+    def dead(self) -> pd.DataFrame:
+        """Return the records that workers have refused, newest first: when, where from, why, size, job if known.
+
+        Raises:
+            BacklogError: Kafka cannot be reached.
+        """
+        from yadtq_nb.backlog.dead import read_dead
+        from yadtq_nb.client import tables
+
+        return tables.dead(list(read_dead(self._settings(), self.name)))
+
     # Clients.
 
     def close(self) -> None:

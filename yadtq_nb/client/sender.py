@@ -28,6 +28,7 @@ from yadtq_nb.errors import (
     JobError,
     JobIncompleteError,
     JobTimeoutError,
+    TooLargeError,
     WorkbenchError,
     YadtqError,
 )
@@ -154,6 +155,7 @@ class Mailer:
             The number of chunks that were sent, and the bytes of their arguments.
 
         Raises:
+            TooLargeError: the only item of its job is larger than Redis takes; among others just its task fails.
             WorkbenchError, BacklogError: a server cannot be reached, or is full.
         """
         arguments = _pickle_items(items, first)
@@ -167,7 +169,13 @@ class Mailer:
         head = packet.head(number, first, len(items), total=total, by_reference=by_reference)
         if by_reference:
             sealed = codec.seal(self._config.key, codec.ARGUMENTS, *arguments)
-            patiently(lambda: self._store.put_blob(f"{packet.job}-{number}", sealed), _PATIENCE)
+            try:
+                patiently(lambda: self._store.put_blob(f"{packet.job}-{number}", sealed), _PATIENCE)
+            except TooLargeError as exc:
+                if total >= 0:  # the only task of its job, sent by the caller's own thread
+                    raise
+                broken = BrokenItem(first, str(exc), error=TooLargeError.__name__)
+                return self.send(packet, number, first, [broken], acknowledged)
             arguments = []
         function = b"" if packet.by_blob else packet.function
         self._publisher.send_chunk(codec.encode_chunk(self._config.key, head, function, arguments), acknowledged)
@@ -407,5 +415,5 @@ def _checked(item: Any, index: int) -> Any:
     try:
         codec.dumps(item)
     except Exception as exc:  # whatever the user's object does when it is pickled
-        return BrokenItem(index, f"item {index} cannot be pickled: {type(exc).__name__}: {exc}")
+        return BrokenItem(index, f"it cannot be pickled: {type(exc).__name__}: {exc}")
     return item

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from yadtq_nb.backlog.dead import Dead
 from yadtq_nb.client.inbox import job_state
 from yadtq_nb.model import WorkerView
 from yadtq_nb.workbench.jobs import JobRecord
@@ -53,6 +54,25 @@ def workers(views: Sequence[WorkerView]) -> pd.DataFrame:
             "python": [i.python for i in infos],
         },
         index=pd.Index([i.id for i in infos], name="worker", dtype=object),
+    )
+
+
+def dead(notes: Sequence[Dead]) -> pd.DataFrame:
+    """Return one row a refused record, newest first; time in UTC, to the second; size in bytes of the original."""
+    newest = list(reversed(notes))
+    return pd.DataFrame(
+        {
+            "time": _times([n.time for n in newest]),
+            "partition": [n.partition for n in newest],
+            "offset": [n.offset for n in newest],
+            "size": [n.size for n in newest],
+            "error": [n.error for n in newest],
+            "reason": [n.reason for n in newest],
+            "job": [n.job_name or n.job for n in newest],
+            "chunk": pd.array([n.chunk if n.chunk >= 0 else None for n in newest], dtype="Int64"),
+            "node": [n.node for n in newest],
+            "topic_id": [n.topic_id for n in newest],
+        }
     )
 
 

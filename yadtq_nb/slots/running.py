@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
 from yadtq_nb import errors
-from yadtq_nb.model import BrokenItem, CallStyle
+from yadtq_nb.model import BrokenItem, CallStyle, ErrorInfo
 from yadtq_nb.slots.outcomes import Outcomes, ours
 from yadtq_nb.slots.wire import LEAVE
 
@@ -22,17 +22,21 @@ AT_A_TIME: Final = 100
 
 
 def fail_broken(outcomes: Outcomes, first: int, items: Sequence[Any], todo: Sequence[int]) -> Sequence[int]:
-    """Fail the tasks whose items could not be pickled, and return the offsets of the others."""
+    """Fail the tasks whose items could not be sent or read, and return the offsets of the others."""
     if BrokenItem not in map(type, items):
         return todo
     broken = [offset for offset in todo if type(items[offset]) is BrokenItem]
     for offset in broken:
-        text = f"the item of task {first + offset} cannot be pickled: {items[offset].message}"
-        outcomes.failures[offset] = ours(errors.ItemPickleError(text, index=first + offset))
+        outcomes.failures[offset] = items[offset].info or _unsent(items[offset], first + offset)
     outcomes.offsets = broken
     outcomes.values += [None] * len(broken)
     gone = set(broken)
     return [offset for offset in todo if offset not in gone]
+
+
+def _unsent(item: BrokenItem, index: int) -> ErrorInfo:
+    kind: type[errors.TaskError] = getattr(errors, item.error)
+    return ours(kind(f"the item of task {index} cannot be sent: {item.message}", index=index))
 
 
 def run_each(

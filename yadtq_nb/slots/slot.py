@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 import msgspec
 
 from yadtq_nb import codec, errors, pending, source
-from yadtq_nb.model import ChunkHead, Environment
+from yadtq_nb.model import BrokenItem, ChunkHead, Environment
+from yadtq_nb.salvage import Unreadable
 from yadtq_nb.slots import hints, processes, running, wire
-from yadtq_nb.slots.outcomes import Outcomes
+from yadtq_nb.slots.outcomes import Outcomes, info
 from yadtq_nb.slots.wire import Order, Report, Setup
 
 if TYPE_CHECKING:
@@ -114,12 +115,14 @@ class Slot:
         head, function, arguments = codec.decode_chunk(self._setup.secret, record)
         if (head.job, head.number, head.first, head.count) != (order.job, order.number, order.first, order.count):
             raise errors.FormatError(f"record of chunk {head.id} came for chunk {order.job}:{order.number}")
+        if not 0 <= head.function_size <= len(function):
+            raise errors.FormatError(f"chunk {head.id} is cut short within its function: send it again")
         self._enter(head.environment, order.tree)
         with _explained(head):
             call = self._function(head, function, order.function)
             if head.by_reference:
                 arguments = self._blob(codec.ARGUMENTS, order.arguments)
-            items = codec.loads(arguments)
+            items = _items(arguments, head)
         if len(items) != head.count:
             raise errors.FormatError(f"chunk {head.id} says {head.count} tasks and holds {len(items)}")
         return head, call, items
@@ -282,6 +285,22 @@ def _end_with(leash: int) -> NoReturn:
     os.read(leash, 1)
     processes.kill(os.getpid(), group=True)
     os._exit(1)
+
+
+def _items(arguments: memoryview, head: ChunkHead) -> list[Any]:
+    """Unpickle a chunk's items; one that cannot be read fails its own task only."""
+    try:
+        return codec.loads(arguments)  # type: ignore[no-any-return]
+    except Exception:  # whatever the user's objects do when they are unpickled
+        if head.count == 1:
+            raise
+        items = codec.loads_each(arguments)
+    return [
+        BrokenItem(head.first + offset, "", info=info(item.error, head.environment))
+        if type(item) is Unreadable
+        else item
+        for offset, item in enumerate(items)
+    ]
 
 
 def _load_function(data: codec.Buffer, environment: Environment) -> _Loaded:

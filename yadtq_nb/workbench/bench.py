@@ -11,8 +11,11 @@ import msgspec
 from yadtq_nb import codec
 from yadtq_nb.config import Config
 from yadtq_nb.errors import CodecError, FormatError, WorkbenchError
-from yadtq_nb.model import ChunkHead, Lease, Retry, WorkerInfo
-from yadtq_nb.workbench.connection import Connection
+from yadtq_nb.model import ChunkHead, Environment, Lease, Retry, WorkerInfo
+from yadtq_nb.workbench.connection import ALWAYS_FITS, Connection
+
+#: A chunk that cannot be read is left to lapse this often, in case another node knows more; then its tasks end.
+_PATIENT: Final = 2
 
 #: Seconds for which a job must stand still, with everything fed, before the rest of it is called lost.
 DOUBT: Final = 10.0
@@ -23,6 +26,7 @@ log = logging.getLogger(__name__)
 
 _pack = msgspec.msgpack.Encoder().encode
 _unpack = msgspec.msgpack.decode
+_NOWHERE: Final = Environment()
 
 
 class Batch(msgspec.Struct, frozen=True):
@@ -160,8 +164,12 @@ class Workbench:
             try:
                 leases.append(self._lease(*entry))
             except CodecError as exc:
-                # Not named, its lease lapses; another node may know more.
                 log.error("chunk %s cannot be read: %s", entry[0].decode(), exc)
+                # Not named, its lease lapses; another node may know more.
+                id, token, record, done, packed = entry
+                if _unpack(packed)[1] >= _PATIENT:
+                    lease = self._unreadable(id, token, record, done, str(exc))
+                    leases += [lease] if lease is not None else []
         return leases, max(0.0, float(due)) if due else None
 
     def _lease(self, id: bytes, token: bytes, record: bytes, done: bytes, packed: bytes) -> Lease:
@@ -173,13 +181,41 @@ class Workbench:
             head,
             int(token),
             record,
-            frozenset(i for i, flag in enumerate(done) if flag == ord("1")),
+            _done(done),
             _by_offset(crashes),
             lapses,
             _by_offset(tries),
             {offset: tuple(texts) for offset, texts in _by_offset(notes).items()},
             frozenset(waiting),
         )
+
+    def _unreadable(self, id: bytes, token: bytes, record: bytes, done: bytes, trouble: str) -> Lease | None:
+        """Return the lease of a chunk of which only the workbench knows how many tasks it has."""
+        chunk = self._open_chunk(id.decode())
+        if chunk is None:
+            return None
+        head = ChunkHead(
+            chunk["job"], chunk["number"], chunk["first"], chunk["count"], "", "", 0, "item", False, _NOWHERE
+        )
+        return Lease(head, int(token), record, _done(done), trouble=trouble)
+
+    def place(self, chunk: str) -> tuple[str, int, int] | None:
+        """Return where a chunk in hand lies in Kafka: topic id, partition, offset; None when it is closed by now.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached.
+        """
+        found = self._open_chunk(chunk)
+        if found is None or not found["positions"]:
+            return None
+        topic_id, partition, offset = found["positions"][0]
+        return str(topic_id), int(partition), int(offset)
+
+    def _open_chunk(self, chunk: str) -> dict[str, Any] | None:
+        """Return what common.lua keeps of a chunk in hand."""
+        with self._redis.use() as client:
+            packed = client.hget(self._redis.key("open"), chunk)
+        return None if packed is None else _unpack(packed)
 
     def finish(self, lease: Lease, offsets: range | Sequence[int], states: bytes, frame: bytes) -> str:
         """Store outcomes of some tasks of a chunk.
@@ -204,6 +240,12 @@ class Workbench:
             frame,
         )
         return str(answer.decode())
+
+    def too_large(self, size: int) -> int | None:
+        """Return how many bytes of outcomes can be stored at once, when that is less than size, else None."""
+        if size <= ALWAYS_FITS or size <= (most := self._redis.largest()):
+            return None
+        return most
 
     def release(self, lease: Lease, *, crashed: int | None = None) -> bool:
         """Give a chunk back to the front of the line; crashed is the offset of the task that killed its slot.
@@ -311,6 +353,10 @@ class Workbench:
     def close(self) -> None:
         """Close the connection."""
         self._redis.close()
+
+
+def _done(flags: bytes) -> frozenset[int]:
+    return frozenset(i for i, flag in enumerate(flags) if flag == ord("1"))
 
 
 def _feed_entry(offset: int, head: ChunkHead) -> list[Any]:

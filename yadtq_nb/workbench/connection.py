@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 _PAUSE: Final = 0.02
 #: Seconds that a call may take before the server counts as gone.
 _TIMEOUT: Final = 10.0
+#: Bytes that a value may have in any server, and in one whose setting is not known.
+ALWAYS_FITS: Final = 1024 * 1024
+_LARGEST: Final = 512 * 1024 * 1024
 
 
 @contextlib.contextmanager
@@ -109,6 +112,14 @@ class Connection:
         """Lend the library's client for plain commands, its errors translated."""
         with translate_redis_errors(), self._lock:
             yield self.client
+
+    def largest(self) -> int:
+        """Return how many bytes one value may have: more would break the connection, again and again."""
+        try:
+            with self.use() as client:
+                return int(client.config_get("proto-max-bulk-len")["proto-max-bulk-len"])
+        except (WorkbenchError, KeyError):  # a service that does not let one ask
+            return _LARGEST
 
     def run_id(self) -> str:
         """Name of the server's present life: another one after a restart."""

@@ -11,10 +11,10 @@ import msgspec
 
 from yadtq_nb import codec
 from yadtq_nb.config import Config
-from yadtq_nb.errors import SignatureError
+from yadtq_nb.errors import SignatureError, TooLargeError
 from yadtq_nb.model import CallStyle, Cancel, Manifest, Seal, WorkerInfo, WorkerView
 from yadtq_nb.workbench.bench import Cursor
-from yadtq_nb.workbench.connection import Connection
+from yadtq_nb.workbench.connection import ALWAYS_FITS, Connection
 
 #: Number, first index and count of a chunk, as feed notes them.
 _SPAN: Final = struct.Struct("<III")
@@ -225,7 +225,18 @@ class JobStore:
             client.delete(self._key(job, "sending"))
 
     def put_blob(self, name: str, data: bytes) -> bool:
-        """Keep a function, a source tree or large arguments under a name. True when they were not there yet."""
+        """Keep a function, a source tree or large arguments under a name. True when they were not there yet.
+
+        Raises:
+            TooLargeError: Redis does not take so much.
+            WorkbenchError: Redis cannot be reached or is full.
+        """
+        if len(data) > ALWAYS_FITS and len(data) > (most := self._redis.largest()):
+            raise TooLargeError(
+                f"an argument, function or source tree of {len(data):,} bytes is more than the {most:,} bytes that "
+                "Redis takes at once (proto-max-bulk-len): split it, or put the data where workers can reach it and "
+                "pass its name"
+            )
         key = self._redis.key("blob", name)
         with self._redis.use() as client:
             keep = int(self._config.keep * 4)

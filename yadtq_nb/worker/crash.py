@@ -51,8 +51,9 @@ def late(secret: bytes, node: str, lease: Lease, offset: int) -> tuple[bytes, by
 
 
 def refusal(secret: bytes, node: str, lease: Lease, offsets: Sequence[int], error: TaskError) -> tuple[bytes, bytes]:
-    """Return states and frame of tasks that could not be started."""
-    info = ErrorInfo("yadtq_nb.TaskError", str(error), "")
+    """Return states and frame of tasks that could not be started, or whose results cannot be stored."""
+    name = type(error).__name__
+    info = ErrorInfo(f"yadtq_nb.{name}", str(error), "", ours=name)
     return _failed(secret, node, lease, offsets, {lease.head.first + offset: info for offset in offsets}, {})
 
 

@@ -14,15 +14,18 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+import msgspec
+
 from yadtq_nb import codec
 from yadtq_nb.backlog.connection import Topic, Topics
 from yadtq_nb.backlog.reader import OffsetLostError, Reader, Record
 from yadtq_nb.config import Config
-from yadtq_nb.errors import BacklogError, CodecError, WorkbenchError
+from yadtq_nb.errors import BacklogError, CodecError, FormatError, WorkbenchError
 from yadtq_nb.model import ChunkHead, Lease
 from yadtq_nb.workbench.bench import Batch, Cursor, Fed, NotLiveError, Share, Workbench
 
 log = logging.getLogger(__name__)
+
 
 #: Most chunks in one feed: the script unpacks them on a stack of 8,000.
 _MOST: Final = 400
@@ -41,6 +44,16 @@ _LONG: Final = 500
 _GAP: Final = 0.001
 #: Seconds to wait before the next try when a server is away, or the workbench is full.
 _PAUSE: Final = 0.1
+#: Seconds to wait at a time for Kafka to take what was refused.
+_SETTLE: Final = 2.0
+
+
+class _Opened(msgspec.Struct, frozen=True):
+    """A record that was read and verified. chunk is None for one that is passed by."""
+
+    partition: int
+    offset: int
+    chunk: tuple[ChunkHead, bytes] | None
 
 
 class Feeder:
@@ -57,7 +70,8 @@ class Feeder:
         reserve: Callable[[int], int],
         unreserve: Callable[[int], None],
         start: Callable[[Lease, Workbench], None],
-        refuse: Callable[[Record, CodecError], None],
+        refuse: Callable[[Record, str, CodecError], None],
+        settle: Callable[[float], bool],
         slots: int,
     ) -> None:
         """Take the parts that are passed in.
@@ -66,7 +80,8 @@ class Feeder:
             restore: replays the jobs topic into a workbench that has lost its cursors.
             reserve, unreserve: claim free slots, and give them back.
             start: runs a leased chunk in a reserved slot.
-            refuse: is told of a record that cannot be fed.
+            refuse: puts aside a record that cannot be fed, of this life of the topic.
+            settle: waits so many seconds until what was put aside is safe, and tells whether it is.
             slots: how many this node has.
         """
         self._config = config
@@ -83,9 +98,12 @@ class Feeder:
         self._unreserve = unreserve
         self._start = start
         self._refuse = refuse
+        self._settle = settle
+        #: True while something that was refused may not be safe yet.
+        self._refused = False
         self._slots = slots
         self._positions: dict[int, int] = {}
-        self._held: list[Record] = []
+        self._held: list[_Opened] = []
         self._assigned = False
         self._last_record = 0.0
         self._rung = threading.Event()
@@ -249,7 +267,7 @@ class Feeder:
         if not self._reader.suits(max(self._positions.values())):
             self._assigned = False
         if records:
-            self._held = [record for record in records if record.partition in self._positions]
+            self._held = [self._open(record) for record in records if record.partition in self._positions]
             self._last_record = time.monotonic()
         elif long:
             self._start_topic_again()
@@ -280,8 +298,13 @@ class Feeder:
 
     # Feeding.
 
-    def _feed(self, records: list[Record]) -> bool:
+    def _feed(self, records: list[_Opened]) -> bool:
         """Feed what was read; what does not get in is kept. False when the workbench is full."""
+        if self._refused:
+            # Before the cursor passes them: a crash in between refuses them twice, never not at all.
+            if not self._settle(_SETTLE):
+                raise BacklogError("Kafka has not taken the records that were refused")
+            self._refused = False
         free = self._reserve(self._slots)
         batches = self._batches(records)
         try:
@@ -294,8 +317,8 @@ class Feeder:
         self._held = [record for record in records if record.partition in full]
         return not full
 
-    def _batches(self, records: list[Record]) -> list[Batch]:
-        by_partition: dict[int, list[Record]] = {}
+    def _batches(self, records: list[_Opened]) -> list[Batch]:
+        by_partition: dict[int, list[_Opened]] = {}
         for record in records:
             by_partition.setdefault(record.partition, []).append(record)
         return [
@@ -304,21 +327,28 @@ class Feeder:
                 self._topic.id,
                 self._positions[partition],
                 found[-1].offset + 1,
-                [chunk for record in found if (chunk := self._open(record)) is not None],
+                [(record.offset, *record.chunk) for record in found if record.chunk is not None],
             )
             for partition, found in by_partition.items()
         ]
 
-    def _open(self, record: Record) -> tuple[int, ChunkHead, bytes] | None:
+    def _open(self, record: Record) -> _Opened:
         """Verify a record. One that cannot be read is passed by, or it would stop every record behind it."""
-        if record.value is None:
-            return None
-        try:
-            head, _, _ = codec.decode_chunk(self._config.key, record.value)
-        except CodecError as exc:
-            self._refuse(record, exc)
-            return None
-        return record.offset, head, record.value
+        chunk = None
+        if record.value is not None:
+            try:
+                head, *_ = codec.decode_chunk(self._config.key, record.value, most=codec.MAX_CHUNK)
+                chunk = head, record.value
+            except CodecError as exc:
+                self._put_aside(record, exc)
+            except Exception as exc:  # a defect of ours: no record may end the node, or those behind it would end all
+                log.exception("partition %d, offset %d", record.partition, record.offset)
+                self._put_aside(record, FormatError(f"record cannot be read: {type(exc).__name__}: {exc}"))
+        return _Opened(record.partition, record.offset, chunk)
+
+    def _put_aside(self, record: Record, error: CodecError) -> None:
+        self._refuse(record, self._topic.id, error)
+        self._refused = True
 
     def _send(self, batches: list[Batch], free: int) -> tuple[list[Fed], int]:
         replies, leases = self._bench.feed(batches, free)

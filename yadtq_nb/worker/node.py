@@ -25,17 +25,19 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import psutil
 
 from yadtq_nb import codec
 from yadtq_nb.backlog.connection import Topic
+from yadtq_nb.backlog.dead import Dead
 from yadtq_nb.backlog.publish import Publisher
 from yadtq_nb.backlog.reader import Record, replay_jobs
 from yadtq_nb.config import Config
-from yadtq_nb.errors import CodecError, TaskError, WorkbenchError
+from yadtq_nb.errors import BacklogError, CodecError, TaskError, TooLargeError, WorkbenchError
 from yadtq_nb.model import Lease, Retry, WorkerInfo
+from yadtq_nb.slots.hints import wrong_python
 from yadtq_nb.slots.pool import Died, Outcomes, SlotPool
 from yadtq_nb.workbench.bench import Cursor, Heard, NotLiveError, Workbench
 from yadtq_nb.workbench.connection import patiently
@@ -44,7 +46,7 @@ from yadtq_nb.worker import crash
 from yadtq_nb.worker.blobs import BlobFiles
 from yadtq_nb.worker.feeder import Feeder
 from yadtq_nb.worker.heart import Heart
-from yadtq_nb.worker.restore import restore_jobs
+from yadtq_nb.worker.restore import find_blob, restore_jobs
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +112,11 @@ class Node:
         self.failed = False
         self._home = tempfile.TemporaryDirectory(prefix=f"yadtq-node-{self.id}-")  # the keeper knows it by this
         self._directory = Path(self._home.name)
-        self._blobs = BlobFiles(self._directory / "blobs")
+        self._blobs = BlobFiles(
+            self._directory / "blobs",
+            config.key,
+            lambda name: find_blob(config, replay_jobs(config, queue), name),
+        )
         self.pool = SlotPool(slots=slots, secret=config.key, node=self.id, directory=self._directory)
         self._processes: dict[int, psutil.Process] = {}
 
@@ -182,6 +188,7 @@ class Node:
             unreserve=self._unreserve,
             start=self._start,
             refuse=self._refuse,
+            settle=self._publisher.flush,
             slots=self.slots,
         )
 
@@ -292,10 +299,12 @@ class Node:
             self._fail(lease, left, exc)
 
     def _run(self, lease: Lease, workbench: Workbench, skip: frozenset[int]) -> None:
-        head = lease.head
-        function = None if head.function_size else self._blobs.path(head.function, workbench)
-        tree = self._blobs.path(head.environment.tree, workbench) if head.environment.tree else None
-        arguments = self._blobs.path(_arguments(lease), workbench) if head.by_reference else None
+        head, path = lease.head, self._blobs.path
+        if trouble := lease.trouble or wrong_python(head.environment):
+            raise TaskError(trouble)
+        function = None if head.function_size else path(head.function, workbench, codec.FUNCTION)
+        tree = path(head.environment.tree, workbench, codec.TREE) if head.environment.tree else None
+        arguments = path(_arguments(lease), workbench, codec.ARGUMENTS) if head.by_reference else None
         self.pool.run(lease, function_path=function, tree_path=tree, arguments_path=arguments, skip=skip)
 
     def _run_next_single(self, lease: Lease, workbench: Workbench) -> None:
@@ -310,7 +319,7 @@ class Node:
         lease, id = event.lease, event.lease.head.id
         self._done += len(event.states)
         if event.states:
-            self._post(lease, event.offsets, event.states, event.frame)
+            self._post(lease, event.offsets, *self._that_fit(event))
         if event.retries:
             retries = event.retries
             self._outbox.append(lambda: self._bench.retry(lease, retries))
@@ -332,6 +341,19 @@ class Node:
                 self._fail(lease, list(self._singles.pop(id)), exc)
             return
         self._drop(lease)
+
+    def _that_fit(self, event: Outcomes) -> tuple[bytes, bytes]:
+        """Return states and frame of outcomes; what Redis does not take would hold up all that comes after it."""
+        most = self._bench.too_large(len(event.frame))
+        if most is None:
+            return event.states, event.frame
+        first, offsets = event.lease.head.first, list(event.offsets)
+        error = TooLargeError(
+            f"the results of tasks {first + offsets[0]} to {first + offsets[-1]} have {len(event.frame):,} bytes, more "
+            f"than the {most:,} bytes that Redis takes at once (proto-max-bulk-len): return less, or write the data "
+            "where the notebook can reach it and return its name"
+        )
+        return crash.refusal(self._config.key, self.id, event.lease, offsets, error)
 
     def _bury(self, event: Died) -> None:
         """A slot has died: charge the task that ran in it, and let its chunk-mates go on elsewhere."""
@@ -372,6 +394,8 @@ class Node:
     def _fail(self, lease: Lease, offsets: list[int], error: Exception) -> None:
         """End tasks that cannot even be started."""
         if isinstance(error, TaskError):
+            # First: once its outcomes are in, the workbench knows no more where it lies in Kafka.
+            self._outbox.append(lambda: self._put_aside(lease, error))
             self._post(lease, offsets, *crash.refusal(self._config.key, self.id, lease, offsets, error))
         else:
             if isinstance(error, OSError):
@@ -454,11 +478,38 @@ class Node:
         self._may_take = True
         self.pool.wake()
 
-    def _refuse(self, record: Record, error: CodecError) -> None:
-        log.error("partition %d, offset %d is refused: %s", record.partition, record.offset, error)
-        self._publisher.send_event(
-            "record refused", node=self.id, partition=record.partition, offset=record.offset, reason=str(error)
+    def _refuse(self, record: Record, topic_id: str, error: CodecError) -> None:
+        """Put a record aside that cannot be fed."""
+        value = record.value or b""
+        job = codec.claimed_job(value)
+        self._send_dead(value, (topic_id, record.partition, record.offset), error, job=job)
+
+    def _put_aside(self, lease: Lease, error: Exception) -> None:
+        """Put a record aside whose tasks have ended with an error, since they cannot even be started."""
+        head = lease.head
+        place = self._bench.place(head.id) or ("", -1, -1)
+        try:
+            self._send_dead(lease.record, place, error, job=head.job, job_name=head.job_name, chunk=head.number)
+        except BacklogError:
+            log.exception("chunk %s is not on the dead topic", head.id)
+
+    def _send_dead(self, value: bytes, place: tuple[str, int, int], error: Exception, **job: Any) -> None:
+        topic_id, partition, offset = place
+        reason = str(error)
+        log.error("partition %d, offset %d is refused: %s", partition, offset, reason)
+        self._publisher.send_event("record refused", node=self.id, partition=partition, offset=offset, reason=reason)
+        note = Dead(
+            reason=reason,
+            error=type(error).__name__,
+            topic_id=topic_id,
+            partition=partition,
+            offset=offset,
+            size=len(value),
+            time=time.time(),
+            node=self.id,
+            **job,
         )
+        self._publisher.send_dead(note, value)
 
     def _listen(self) -> None:
         """Wake the others whenever the bell rings."""

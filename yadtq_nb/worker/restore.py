@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable
 
@@ -29,6 +30,21 @@ def restore_jobs(config: Config, queue: str, entries: Iterable[tuple[str, bytes 
                     log.error("entry %s of the jobs topic is passed by: %s", key, exc)
     finally:
         store.close()
+
+
+def find_blob(config: Config, entries: Iterable[tuple[str, bytes | None]], name: str) -> bytes | None:
+    """Return a function or source tree as the jobs topic has it, or None.
+
+    Raises:
+        BacklogError: Kafka cannot be reached.
+    """
+    found = None
+    for key, value in entries:
+        if key == f"blob/{name}" and value is not None:
+            with contextlib.suppress(CodecError):  # what cannot be read is as good as not there
+                entry = journal.decode(config.key, key, value)
+                found = entry.data if isinstance(entry, journal.Blob) else found
+    return found
 
 
 def _restore(store: JobStore, entry: journal.Entry) -> None:
