@@ -31,12 +31,12 @@ _STILL: Final = 40.0
 
 
 def patiently(call: Callable[[], Any]) -> Any:
-    """Ask again while Redis is away for longer than a call waits: whoever only asks can do that."""
+    """Ask again while a server is away for longer than a call waits: whoever only asks can do that."""
     deadline = time.monotonic() + _UNKNOWN
     while True:
         try:
             return call()
-        except WorkbenchError:
+        except (WorkbenchError, BacklogError):
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.2)
