@@ -28,15 +28,17 @@ Item = tuple[int, float, str, bytes]
 #: Seconds for which an attaching client waits for a job to be known, and for it to move.
 _UNKNOWN: Final = 20.0
 _STILL: Final = 40.0
+#: Seconds for which it asks again while a server is away.
+_AWAY: Final = 60.0
 
 
 def patiently(call: Callable[[], Any]) -> Any:
-    """Ask again while Redis is away for longer than a call waits: whoever only asks can do that."""
-    deadline = time.monotonic() + _UNKNOWN
+    """Ask again while a server is away for longer than a call waits: whoever only asks can do that."""
+    deadline = time.monotonic() + _AWAY
     while True:
         try:
             return call()
-        except WorkbenchError:
+        except (WorkbenchError, BacklogError):
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.2)
