@@ -31,6 +31,7 @@ from yadtq_nb.errors import (
     TaskError,
     WorkbenchError,
     WorkbenchFullError,
+    WorkbenchRefusedError,
     YadtqError,
 )
 
@@ -71,6 +72,7 @@ __all__ = [
     "TaskFuture",
     "WorkbenchError",
     "WorkbenchFullError",
+    "WorkbenchRefusedError",
     "YadtqError",
     "__version__",
 ]
