@@ -34,14 +34,15 @@ LIBS = ROOT / ".cache" / "kafka" / "libs"
 KAFKA_IMAGE = "apache/kafka:4.3.1"
 VALKEY_IMAGE = "valkey/valkey:9.0-alpine"
 SECRET = "a secret for tests only"
+PASSWORD = "password"
 
 _PROPERTIES = """\
 process.roles=broker,controller
 node.id=1
-controller.quorum.bootstrap.servers=127.0.0.1:{controller}
+controller.quorum.bootstrap.servers={host}:{controller}
 controller.listener.names=CONTROLLER
-listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
-advertised.listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
+listeners=PLAINTEXT://{host}:{port},CONTROLLER://{host}:{controller}
+advertised.listeners=PLAINTEXT://{host}:{port},CONTROLLER://{host}:{controller}
 listener.security.protocol.map=CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT
 inter.broker.listener.name=PLAINTEXT
 log.dirs={data}
@@ -56,6 +57,59 @@ broker.session.timeout.ms=3000
 """
 
 
+class Place(msgspec.Struct, frozen=True):
+    """Where a server runs."""
+
+    host: str = "127.0.0.1"
+    #: What its command begins with, to run it there.
+    command: tuple[str, ...] = ()
+
+
+HERE = Place()
+
+
+class Server:
+    """A server of the plan, which can be ended and started again on its port, with its data."""
+
+    def __init__(self, home: Home, spec: dict[str, Any], place: Place = HERE) -> None:
+        self.name = str(spec["name"])
+        self.address = f"{place.host}:{spec['port']}"
+        self._home = home
+        self._spec = {**spec, "host": place.host, "argv": [*place.command, *spec["argv"]]}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self, *, timeout: float = 60.0) -> None:
+        """Start it, and wait until it answers."""
+        with self._home.log(self.name).open("ab") as output:
+            self._process = subprocess.Popen(self._spec["argv"], cwd=self._home.path, stdout=output, stderr=output)
+        deadline = time.monotonic() + timeout
+        while not answers(self._spec):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"{self.name} did not start:\n{self._home.tail(self.name, lines=30)}")
+            time.sleep(0.01)
+
+    def end(self, number: signal.Signals) -> None:
+        """Send it a signal, and wait for its end."""
+        if self._process is not None:
+            self._process.send_signal(number)
+            self._process.wait()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Server]:
+        """Run it until the block ends, and kill it then: its data is in a temporary directory."""
+        try:
+            self.start()
+            yield self
+        finally:
+            self.end(signal.SIGKILL)
+
+
 class Servers(msgspec.Struct, frozen=True):
     """A broker and a store that answer."""
 
@@ -63,6 +117,18 @@ class Servers(msgspec.Struct, frozen=True):
     config: Config
     #: Logs of the servers, to be shown when a test fails.
     logs: tuple[Path, ...] = ()
+    #: The broker and the store, where they are processes of ours.
+    processes: tuple[Server, ...] = ()
+
+    @property
+    def broker(self) -> Server:
+        """The broker's process."""
+        return self.processes[0]
+
+    @property
+    def store(self) -> Server:
+        """The store's process."""
+        return self.processes[1]
 
     def tails(self, *, lines: int = 15) -> str:
         """Return the end of each log."""
@@ -70,60 +136,80 @@ class Servers(msgspec.Struct, frozen=True):
 
 
 @contextlib.contextmanager
-def start(name: StackName, directory: Path) -> Iterator[Servers]:
+def start(name: StackName, directory: Path, *, broker_at: Place = HERE, store_at: Place = HERE) -> Iterator[Servers]:
     """Start a broker and a store, and end them with the block."""
+    if name == "testcontainers":
+        with _containers() as (kafka, redis):
+            yield Servers(name, _settings(kafka, redis, "poll"))
+        return
     home = Home(directory)
     home.make()
-    match name:
-        case "local":
-            with _valkey(home) as redis, _tansu(home) as kafka:
-                yield Servers(name, _settings(kafka, redis, "wake"), (home.log("broker"), home.log("store")))
-        case "kafka":
-            with _valkey(home) as redis, _kafka(home) as kafka:
-                yield Servers(name, _settings(kafka, redis, "poll"), (home.log("kafka"), home.log("store")))
-        case "testcontainers":
-            with _containers() as (kafka, redis):
-                yield Servers(name, _settings(kafka, redis, "poll"))
+    broker, reading = (tansu(home, broker_at), "wake") if name == "local" else (kafka_broker(home, broker_at), "poll")
+    with valkey(home, store_at).running() as store, broker.running():
+        yield Servers(
+            name,
+            _settings(broker.address, f"redis://:{PASSWORD}@{store.address}/0", reading),
+            (home.log(broker.name), home.log(store.name)),
+            (broker, store),
+        )
 
 
-def _settings(kafka: str, redis: str, reading: Literal["wake", "poll"]) -> Config:
+def _settings(kafka: str, redis: str, reading: str) -> Config:
     watermark = {"watermark_chunks": None, "watermark_bytes": None} if reading == "wake" else {}
     return msgspec.convert(
         {"kafka": kafka, "redis": redis, "secret": SECRET, "reading": reading, "partitions": 4, **watermark}, Config
     )
 
 
-@contextlib.contextmanager
-def _valkey(home: Home) -> Iterator[str]:
-    port = servers.free_port()
-    with _process(home, servers.store(home, port, "password")):
-        yield f"redis://:password@127.0.0.1:{port}/0"
+def valkey(home: Home, place: Place = HERE) -> Server:
+    """Return the store, not started yet."""
+    spec = servers.store(home, servers.free_port(), PASSWORD)
+    return Server(home, {**spec, "argv": [*spec["argv"], "--bind", place.host]}, place)
 
 
-@contextlib.contextmanager
-def _tansu(home: Home) -> Iterator[str]:
-    port = servers.free_port()
-    with _process(home, servers.broker(home, port)):
-        yield f"127.0.0.1:{port}"
+def tansu(home: Home, place: Place = HERE) -> Server:
+    """Return the local stack's broker, not started yet."""
+    spec = servers.broker(home, servers.free_port())
+    return Server(home, {**spec, "argv": [word.replace(HERE.host, place.host) for word in spec["argv"]]}, place)
 
 
-@contextlib.contextmanager
-def _kafka(home: Home) -> Iterator[str]:
-    spec = kafka_plan(home, servers.free_port(), name="kafka")
-    with _process(home, spec):
-        yield f"127.0.0.1:{spec['port']}"
+def kafka_broker(
+    home: Home,
+    place: Place = HERE,
+    *,
+    more: Callable[[int, int], str] = lambda port, controller: "",
+    users: tuple[str, ...] = (),
+) -> Server:
+    """Return Apache Kafka, its storage formatted, not started yet.
+
+    Args:
+        more: given its port and its controller's, returns further lines of its settings, which win.
+        users: credentials for SCRAM.
+    """
+    plan = kafka_plan(home, servers.free_port(), name="kafka", place=place, more=more, users=users)
+    return Server(home, plan, place)
 
 
-def kafka_plan(home: Home, port: int, *, name: str) -> dict[str, Any]:
-    """Return the plan of an Apache Kafka as keeper.py reads it, and make its directory ready."""
+def kafka_plan(
+    home: Home,
+    port: int,
+    *,
+    name: str,
+    place: Place = HERE,
+    more: Callable[[int, int], str] = lambda port, controller: "",
+    users: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Return the plan of an Apache Kafka as keeper.py reads it, and make its directory ready; see kafka_broker."""
     java = _java()
     properties = home.path / "server.properties"
-    properties.write_text(
-        _PROPERTIES.format(port=port, controller=servers.free_port(taken=port), data=home.path / f"kafka-{port}")
-    )
+    controller = servers.free_port(taken=port)
+    data = home.path / f"kafka-{port}"
+    written = _PROPERTIES.format(host=place.host, port=port, controller=controller, data=data)
+    properties.write_text(written + more(port, controller))
     tool = [java, "-cp", f"{LIBS}/*", "kafka.tools.StorageTool"]
+    scram = [word for user in users for word in ("--add-scram", user)]
     subprocess.run(
-        [*tool, "format", "--standalone", "-t", "MkU3OEVBNTcwNTJENDM2Qg", "-c", str(properties)],
+        [*tool, "format", "--standalone", "-t", "MkU3OEVBNTcwNTJENDM2Qg", "-c", str(properties), *scram],
         check=True,
         capture_output=True,
     )
@@ -136,24 +222,6 @@ def kafka_plan(home: Home, port: int, *, name: str) -> dict[str, Any]:
     ]
     argv = [java, *options, "-cp", f"{LIBS}/*", "kafka.Kafka", str(properties)]
     return {**servers.broker(home, port), "name": name, "argv": argv}
-
-
-@contextlib.contextmanager
-def _process(home: Home, spec: dict[str, Any], *, timeout: float = 60.0) -> Iterator[None]:
-    """Run a server of the plan until the block ends, and kill it then: its data is in a temporary directory."""
-    log = home.log(str(spec["name"]))
-    with log.open("wb") as output:
-        process = subprocess.Popen(spec["argv"], cwd=home.path, stdout=output, stderr=output)
-    try:
-        deadline = time.monotonic() + timeout
-        while not answers(spec):
-            if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"{spec['name']} did not start:\n{home.tail(str(spec['name']), lines=30)}")
-            time.sleep(0.01)
-        yield
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
 
 
 def _java() -> str:

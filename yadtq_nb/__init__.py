@@ -35,6 +35,7 @@ from yadtq_nb.errors import (
     TooLargeError,
     WorkbenchError,
     WorkbenchFullError,
+    WorkbenchRefusedError,
     YadtqError,
 )
 
@@ -79,6 +80,7 @@ __all__ = [
     "TooLargeError",
     "WorkbenchError",
     "WorkbenchFullError",
+    "WorkbenchRefusedError",
     "YadtqError",
     "__version__",
 ]

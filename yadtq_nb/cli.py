@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="A task queue for notebooks: run a function over many inputs on many machines.\n\n"
     "Without settings, commands are about the local stack of this user and Python environment. "
-    "YADTQ_KAFKA, YADTQ_REDIS and YADTQ_SECRET, or yadtq.toml, name a cluster instead.",
+    "YADTQ_KAFKA, YADTQ_REDIS and YADTQ_SECRET, or yadtq.toml, name a cluster instead; users, passwords and "
+    "certificates go into YADTQ_KAFKA_OPTIONS and YADTQ_REDIS_OPTIONS, as JSON objects, or into yadtq.toml.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",

@@ -3,6 +3,8 @@
     YADTQ_KAFKA    host:port of a Kafka bootstrap server, or several with commas
     YADTQ_REDIS    redis://host:6379/0, or rediss:// for TLS
     YADTQ_SECRET   what chunks and results are signed with; the same everywhere
+    YADTQ_KAFKA_OPTIONS, YADTQ_REDIS_OPTIONS
+                   settings for librdkafka and redis-py, such as passwords and certificates, as JSON objects
     YADTQ_BROKER   another Kafka-compatible broker binary for the local stack
     YADTQ_IDLE     seconds without work after which the local stack stops by itself; 0 for never
     YADTQ_HOME     where the local stack keeps its state, instead of the user's state directory
@@ -20,12 +22,16 @@ yadtq.toml, in the working directory, one of its parents, or the user's configur
     "security.protocol" = "SASL_SSL"
     [redis_options]                # passed to redis-py as they are
     ssl_ca_certs = "/etc/ssl/ca.pem"
+
+Options are put together one by one: the file may name the certificates, and the environment the password.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -96,11 +102,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self.secret.encode()
 
 
-def load(*, kafka: str | None = None, redis: str | None = None, secret: str | None = None) -> Config | None:
+def load(
+    *,
+    kafka: str | None = None,
+    redis: str | None = None,
+    secret: str | None = None,
+    kafka_options: Mapping[str, Any] | None = None,
+    redis_options: Mapping[str, Any] | None = None,
+) -> Config | None:
     """Return the settings of the team's cluster, or None when none is configured: then the local stack serves.
 
     Raises:
-        ConfigError: only one of Kafka and Redis is given, there is no secret, or the file is wrong.
+        ConfigError: only one of Kafka and Redis is given, there is no secret, or the file or an option is wrong.
     """
     handed_down = os.environ.get("YADTQ_CONFIG")
     if handed_down and not (kafka or redis):
@@ -113,6 +126,8 @@ def load(*, kafka: str | None = None, redis: str | None = None, secret: str | No
         value = argument or os.environ.get(f"YADTQ_{name.upper()}") or settings.get(name)
         if value:
             settings[name] = value
+    for name, options in (("kafka_options", kafka_options), ("redis_options", redis_options)):
+        settings[name] = {**_table(file, settings, name), **_options_of_environment(name), **(options or {})}
     if not settings.get("kafka") and not settings.get("redis"):
         return None
     for name in ("kafka", "redis"):
@@ -180,6 +195,29 @@ def state_directory() -> Path:
     """Return where the local stack keeps its state and logs, not made yet."""
     home = os.environ.get("YADTQ_HOME")
     return Path(home) if home else platformdirs.user_state_path("yadtq-nb", appauthor=False)
+
+
+def _table(file: Path | None, settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    table = settings.get(name, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{file}: {name} must be a table: [{name}]")
+    return table
+
+
+def _options_of_environment(name: str) -> dict[str, Any]:
+    variable = f"YADTQ_{name.upper()}"
+    text = os.environ.get(variable)
+    if not text:
+        return {}
+    # What it holds is not shown: it may be a password.
+    wanted = f'{variable} must be a JSON object, such as {{"name": "value"}}'
+    try:
+        options = json.loads(text)
+    except ValueError:
+        raise ConfigError(wanted) from None
+    if not isinstance(options, dict):
+        raise ConfigError(wanted)
+    return options
 
 
 def _read_file() -> tuple[Path | None, dict[str, Any]]:

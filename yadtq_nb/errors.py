@@ -5,7 +5,8 @@ YadtqError
 ├── LocalStackError                     the stack on this machine cannot start
 ├── BacklogError (ConnectionError)      Kafka cannot be reached or refuses
 ├── WorkbenchError (ConnectionError)    Redis cannot be reached or refuses
-│   └── WorkbenchFullError              it is full
+│   ├── WorkbenchFullError              it is full
+│   └── WorkbenchRefusedError           it refuses the password, or its certificate is not trusted
 ├── CodecError (ValueError)             bytes that cannot be read
 │   ├── SignatureError                  signed with another secret, or not at all
 │   └── FormatError                     malformed, truncated, or of another version
@@ -53,6 +54,10 @@ class WorkbenchError(YadtqError, ConnectionError):
 
 class WorkbenchFullError(WorkbenchError):
     """Redis is full: nothing more can be sent until old jobs have gone."""
+
+
+class WorkbenchRefusedError(WorkbenchError):
+    """Redis refuses the user or password, or shows a certificate that is not trusted: trying again does not help."""
 
 
 class CodecError(YadtqError, ValueError):

@@ -6,7 +6,9 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
-from typing import Any, Final
+from concurrent import futures
+from concurrent.futures import Future
+from typing import Any, Final, TypeVar
 
 import msgspec
 from confluent_kafka import KafkaError, KafkaException, TopicCollection, TopicPartition
@@ -15,12 +17,18 @@ from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec  # type: ign
 from yadtq_nb.config import Config
 from yadtq_nb.errors import BacklogError
 
+_T = TypeVar("_T")
+
 _library_log = logging.getLogger("yadtq_nb.kafka")
 
 #: Seconds that Kafka may take to answer before it counts as away.
 TIMEOUT: Final = 10.0
 #: Bytes of refused records that are kept.
 _DEAD_BYTES: Final = str(256 * 1024 * 1024)
+#: Seconds between looks at what has gone wrong while an answer is waited for.
+_LOOK: Final = 0.1
+#: What a broker means for good: waiting does not help.
+_REFUSALS: Final = (KafkaError._AUTHENTICATION, KafkaError._SSL)
 
 
 class Topic(msgspec.Struct, frozen=True):
@@ -39,13 +47,27 @@ def translate_kafka_errors(config: Config) -> Iterator[None]:
     except KafkaException as exc:
         error = exc.args[0] if exc.args else exc
         reason = error.str() if isinstance(error, KafkaError) else str(error)
-        raise BacklogError(
-            f"Kafka at {config.kafka} cannot be used: {reason}; check YADTQ_KAFKA (or kafka=) and the broker"
-        ) from exc
+        raise BacklogError(f"Kafka at {config.kafka} cannot be used: {reason}; {_remedy(error)}") from exc
     except TimeoutError as exc:
         raise BacklogError(
             f"Kafka at {config.kafka} did not answer in time; check YADTQ_KAFKA (or kafka=) and the broker"
         ) from exc
+
+
+def _remedy(error: object) -> str:
+    """Say what to do about an error of the library."""
+    options = "kafka_options (YADTQ_KAFKA_OPTIONS, or [kafka_options] in yadtq.toml)"
+    code = error.code() if isinstance(error, KafkaError) else None
+    if code == KafkaError._AUTHENTICATION:
+        return f"check sasl.username, sasl.password and sasl.mechanism in {options}"
+    if code == KafkaError._SSL:
+        return f"check ssl.ca.location in {options}: it must name the authority that signed the broker's certificate"
+    if code == KafkaError._INVALID_ARG:
+        return f"check {options}"
+    if code in (KafkaError._TRANSPORT, KafkaError._TIMED_OUT):
+        # To a broker that wants TLS or a password, silence is all that is heard without.
+        return f"check YADTQ_KAFKA (or kafka=), the broker, and security.protocol in {options}"
+    return "check YADTQ_KAFKA (or kafka=) and the broker"
 
 
 def settings(config: Config, **more: Any) -> dict[str, Any]:
@@ -85,9 +107,11 @@ class Topics:
     def __init__(self, config: Config, queue: str) -> None:
         self._config = config
         self._queue = queue
+        #: What went wrong last on the way to the broker: the library itself says no more than that it took too long.
+        self._trouble: KafkaError | None = None
         with translate_kafka_errors(config):
             # The futures of its calls fail once the client is collected: it is kept.
-            self._admin = AdminClient(settings(config))
+            self._admin = AdminClient(settings(config, error_cb=self._note_trouble))
 
     def ensure(self) -> Topic:
         """Make what is missing, and return the tasks topic as it is.
@@ -117,7 +141,7 @@ class Topics:
         wanted = {TopicPartition(topic.name, p): OffsetSpec.latest() for p in range(topic.partitions)}  # type: ignore[no-untyped-call]  # brings no types
         with translate_kafka_errors(self._config):
             found = self._admin.list_offsets(wanted, request_timeout=TIMEOUT)
-            return {place.partition: int(future.result(TIMEOUT + 1).offset) for place, future in found.items()}
+            return {place.partition: int(self._wait(future).offset) for place, future in found.items()}
 
     def delete(self) -> None:
         """Delete the tasks and the events: on a broker in memory, to have that memory back.
@@ -128,14 +152,46 @@ class Topics:
         names = [tasks_topic(self._queue), events_topic(self._queue)]
         with translate_kafka_errors(self._config):
             for future in self._admin.delete_topics(names, request_timeout=TIMEOUT).values():
-                future.result(TIMEOUT + 1)
+                self._wait(future)
+
+    def _note_trouble(self, error: KafkaError) -> None:
+        # That all brokers are down comes right after the reason.
+        if error.code() != KafkaError._ALL_BROKERS_DOWN:
+            self._trouble = error
+
+    def _wait(self, future: Future[_T]) -> _T:
+        """Wait for an answer; a broker that refuses this client is not asked again and again until time is up."""
+        self._trouble, deadline = None, time.monotonic() + TIMEOUT + 1
+        while not future.done():
+            futures.wait([future], _LOOK)
+            self._admin.poll(0)
+            if self._trouble is not None and self._trouble.code() in _REFUSALS:
+                raise KafkaException(self._trouble)
+            if time.monotonic() > deadline:
+                break
+        try:
+            return future.result(0)
+        except (KafkaException, TimeoutError) as exc:
+            late = isinstance(exc, TimeoutError) or exc.args[0].code() == KafkaError._TIMED_OUT
+            if late and self._trouble is not None:
+                raise KafkaException(self._trouble) from exc
+            raise
 
     def _describe(self) -> tuple[Topic | None, bool]:
         """Return the tasks topic, and whether the dead topic is there too: queues of older versions have none."""
         names = [tasks_topic(self._queue), dead_topic(self._queue)]
         futures = self._admin.describe_topics(TopicCollection(names), request_timeout=TIMEOUT)
-        tasks, dead = (_described(futures[name]) for name in names)
+        tasks, dead = (self._described(futures[name]) for name in names)
         return tasks, dead is not None
+
+    def _described(self, future: Future[Any]) -> Topic | None:
+        try:
+            found = self._wait(future)
+        except KafkaException as exc:
+            if exc.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+                return None
+            raise
+        return Topic(found.name, str(found.topic_id), len(found.partitions)) if found.partitions else None
 
     def _create(self) -> None:
         replication = self._config.replication or -1
@@ -149,18 +205,8 @@ class Topics:
         ]
         for future in self._admin.create_topics(topics, request_timeout=TIMEOUT).values():
             try:
-                future.result(TIMEOUT + 1)
+                self._wait(future)
             except KafkaException as exc:
                 # Another node or client was first.
                 if exc.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
                     raise
-
-
-def _described(future: Any) -> Topic | None:
-    try:
-        found = future.result(TIMEOUT + 1)
-    except KafkaException as exc:
-        if exc.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
-            return None
-        raise
-    return Topic(found.name, str(found.topic_id), len(found.partitions)) if found.partitions else None

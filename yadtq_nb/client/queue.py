@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from yadtq_nb import codec
@@ -51,6 +51,8 @@ class Queue:
         kafka: str | None = None,
         redis: str | None = None,
         secret: str | None = None,
+        kafka_options: Mapping[str, str | int | bool] | None = None,
+        redis_options: Mapping[str, Any] | None = None,
         config: Config | None = None,
     ) -> None:
         """Name the queue and, if need be, its servers.
@@ -60,6 +62,9 @@ class Queue:
             kafka: bootstrap servers, host:port with commas between; else YADTQ_KAFKA, else yadtq.toml.
             redis: URL; else YADTQ_REDIS, else yadtq.toml.
             secret: what chunks and results are signed with; else YADTQ_SECRET, else yadtq.toml.
+            kafka_options: settings for librdkafka, such as users and certificates; each else from
+                YADTQ_KAFKA_OPTIONS, else yadtq.toml.
+            redis_options: settings for redis-py, likewise.
             config: all settings at once.
 
         Raises:
@@ -69,7 +74,9 @@ class Queue:
         if not name or len(name) > 100 or not set(name) <= _NAME_CHARACTERS:
             raise ConfigError(f"queue name {name!r}: use 1 to 100 letters, digits, dots, dashes and underscores")
         self.name = name
-        self._given = config or configuration.load(kafka=kafka, redis=redis, secret=secret)
+        self._given = config or configuration.load(
+            kafka=kafka, redis=redis, secret=secret, kafka_options=kafka_options, redis_options=redis_options
+        )
         self._lock = threading.Lock()
         self._opened: tuple[int, Config, Link] | None = None
         self._slots_seen = (0.0, 1)

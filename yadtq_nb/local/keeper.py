@@ -419,7 +419,7 @@ def prctl(option: int, value: int) -> None:
 def answers(spec: dict[str, Any]) -> bool:
     """Whether a server answers the probe of its spec as it should."""
     try:
-        with socket.create_connection(("127.0.0.1", spec["port"]), timeout=0.2) as connection:
+        with socket.create_connection((spec.get("host", "127.0.0.1"), spec["port"]), timeout=0.2) as connection:
             connection.settimeout(0.2)
             connection.sendall(bytes.fromhex(spec["ask"]))
             return bytes.fromhex(spec["expect"]) in connection.recv(4096)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from yadtq_nb.config import Config
-from yadtq_nb.errors import WorkbenchError, WorkbenchFullError
+from yadtq_nb.errors import WorkbenchError, WorkbenchFullError, WorkbenchRefusedError
 
 VERBS: Final = (
     *("feed", "take", "finish", "release", "retry", "mark", "beat", "reap", "init"),
@@ -27,6 +28,7 @@ _T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
 
+_OPTIONS: Final = "redis_options (YADTQ_REDIS_OPTIONS, or [redis_options] in yadtq.toml)"
 #: Seconds between tries while Redis is away, or reads its file after a start.
 _PAUSE: Final = 0.02
 #: Seconds that a call may take before the server counts as gone.
@@ -42,7 +44,9 @@ def translate_redis_errors() -> Iterator[None]:
     try:
         yield
     except redis.AuthenticationError as exc:
-        raise WorkbenchError(f"Redis refused the password or user in its URL: {exc}") from exc
+        raise WorkbenchRefusedError(
+            f"Redis refused the password or user in its URL: {exc}; check YADTQ_REDIS (or redis=)"
+        ) from exc
     except redis.ResponseError as exc:
         if str(exc).startswith("OOM"):
             raise WorkbenchFullError(
@@ -50,7 +54,14 @@ def translate_redis_errors() -> Iterator[None]:
             ) from exc
         raise WorkbenchError(f"Redis refused a command: {exc}") from exc
     except (redis.ConnectionError, redis.TimeoutError) as exc:
-        raise WorkbenchError(f"Redis cannot be reached: {exc}; check YADTQ_REDIS (or redis=) and the server") from exc
+        if isinstance(exc.__context__, ssl.SSLCertVerificationError | FileNotFoundError):
+            raise WorkbenchRefusedError(
+                f"Redis's certificate cannot be trusted: {exc}; check ssl_ca_certs in {_OPTIONS}: "
+                "a file that names the authority that signed it"
+            ) from exc
+        raise WorkbenchError(
+            f"Redis cannot be reached: {exc}; check YADTQ_REDIS (or redis=; rediss:// for TLS) and the server"
+        ) from exc
     except (redis.RedisError, ValueError) as exc:
         raise WorkbenchError(f"Redis cannot be used: {exc}") from exc
 
@@ -59,14 +70,14 @@ def patiently(call: Callable[[], _T], seconds: float) -> _T:
     """Return what a call returns that may be made twice; while Redis is away, try again for so many seconds.
 
     Raises:
-        WorkbenchFullError: it is full: waiting does not help.
+        WorkbenchFullError, WorkbenchRefusedError: it is full, or refuses this client: waiting does not help.
         WorkbenchError: it was away for too long.
     """
     deadline = time.monotonic() + seconds
     while True:
         try:
             return call()
-        except WorkbenchFullError:
+        except (WorkbenchFullError, WorkbenchRefusedError):
             raise
         except WorkbenchError as exc:
             if time.monotonic() > deadline:
@@ -92,6 +103,7 @@ class Connection:
                 "max_connections": 4,
             }
             self.client: Any = redis.Redis.from_url(config.redis, **{**ours, **config.redis_options})
+        _check_options(self.client.connection_pool)
         self._scripts = {verb: self.client.register_script(_source(verb)) for verb in VERBS}
 
     def key(self, *parts: str) -> str:
@@ -130,6 +142,18 @@ class Connection:
         """Close the sockets."""
         with contextlib.suppress(redis.RedisError):
             self.client.close()
+
+
+def _check_options(pool: Any) -> None:
+    """Find an option that the library does not have before it is in the way of the first command.
+
+    Raises:
+        WorkbenchError: there is one.
+    """
+    try:
+        pool.connection_class(**pool.connection_kwargs)
+    except TypeError as exc:
+        raise WorkbenchError(f"Redis cannot be used: {exc}; check {_OPTIONS}") from exc
 
 
 @cache
