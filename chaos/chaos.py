@@ -42,6 +42,8 @@ _ROUNDS: Final = 4
 _HUNG: Final = 60.0
 #: Part of the time that is not disturbed, and the most seconds of it.
 _CALM: Final = (0.15, 30.0)
+#: Seconds undisturbed from which a comparison says something: jobs differ.
+_TELLING: Final = 20.0
 
 
 class HungError(Exception):
@@ -258,8 +260,10 @@ class Run:
         known: dict[str, list[load.Item]] = {}
         seen: set[tuple[str, str]] = set()
         work = [0.0, 0.0]
-        for line in self.ground.audit.read_text().splitlines():
-            job, index, _, at = line.split()
+        lines = [line.split() for line in self.ground.audit.read_text().splitlines()]
+        # Clients take seconds to start: that is no part of undisturbed work.
+        windows = [(max(windows[0][0], float(lines[0][3]) if lines else 0.0), windows[0][1]), windows[1]]
+        for job, index, _, at in lines:
             if (job, index) in seen:
                 continue
             seen.add((job, index))
@@ -268,13 +272,12 @@ class Run:
             for n, (start, end) in enumerate(windows):
                 if start <= float(at) < end:
                     work[n] += known[job][int(index)][1]
-        calm, rough = (done / (end - start) for done, (start, end) in zip(work, windows, strict=True))
-        length = windows[1][1] - windows[1][0]
-        over = length - work[1] / calm if calm else 0.0
-        return (
-            f"seconds of task a second: {calm:.2f} undisturbed, {rough:.2f} disturbed: "
-            f"{over:.0f} s over undisturbed in {length:.0f} s"
-        )
+        lengths = [max(0.001, end - start) for start, end in windows]
+        calm, rough = (done / length for done, length in zip(work, lengths, strict=True))
+        told = f"seconds of task a second: {calm:.2f} undisturbed, {rough:.2f} disturbed"
+        if lengths[0] < _TELLING or not calm:
+            return f"{told} (too short to compare)"
+        return f"{told}: {lengths[1] - work[1] / calm:.0f} s over undisturbed in {lengths[1]:.0f} s"
 
     def _dump(self) -> str:
         """Tell where all jobs stand."""
