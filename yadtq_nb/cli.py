@@ -166,8 +166,8 @@ def dead(
     with Queue(queue, kafka=kafka, redis=redis, secret=_secret(secret_file)) as opened:
         refused = opened.dead().head(limit)
     if json:
-        text = refused.to_json(orient="records", lines=True, date_format="iso", date_unit="s")
-        out.print(text.rstrip("\n"), markup=False, end="\n" if text else "")
+        text = refused.to_json(orient="records", lines=True, date_format="iso", date_unit="s").strip()
+        out.print(text, markup=False, end="\n" if text else "")
         return
     if refused.empty:
         out.print("Nothing was refused.")

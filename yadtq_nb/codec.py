@@ -57,6 +57,8 @@ _UINT32: Final = 2**32
 _NAME: Final = re.compile(r"[0-9A-Za-z_-][0-9A-Za-z_.-]{0,127}")
 _SETS_CLASS: Final = re.compile(rb"_class_setstate")
 
+#: What decoding msgpack or JSON raises: text that is no UTF-8 is no error of msgspec's own.
+UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _SAME_VERSION: Final = "install the same version of yadtq-nb on the notebook and the workers"
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -118,7 +120,7 @@ def unseal(secret: bytes, kind: bytes, frame: Buffer, *, most: int | None = None
             if most is not None:
                 _check_size(zstandard.frame_content_size(body), most)
             return memoryview(zstandard.ZstdDecompressor().decompress(body))
-        except zstandard.ZstdError as exc:
+        except (zstandard.ZstdError, MemoryError) as exc:
             raise FormatError(f"record cannot be decompressed: {exc}") from exc
     return body
 
@@ -281,7 +283,7 @@ def decode_chunk(secret: bytes, record: Buffer, *, most: int | None = None) -> t
     encoded, rest = _split(unseal(secret, CHUNK, record, most=most))
     try:
         head = _decode_chunk(encoded)
-    except (msgspec.MsgspecError, RecursionError) as exc:
+    except UNREADABLE as exc:
         raise FormatError(f"chunk cannot be read: {exc}; {_SAME_VERSION}") from exc
     if (wrong := _wrong_field(head)) is not None:
         raise FormatError(f"chunk cannot be read: its {wrong} is out of range; {_SAME_VERSION}")
@@ -304,7 +306,7 @@ def decode_segment(secret: bytes, frame: Buffer) -> tuple[Segment, memoryview]:
     encoded, rest = _split(unseal(secret, SEGMENT, frame))
     try:
         return _decode_segment(encoded), rest
-    except (msgspec.MsgspecError, RecursionError) as exc:
+    except UNREADABLE as exc:
         raise FormatError(f"outcomes cannot be read: {exc}") from exc
 
 
@@ -316,7 +318,7 @@ def claimed_job(record: Buffer) -> str:
         if kind != CHUNK or flags & _COMPRESSED or len(view) > MAX_CHUNK:
             return ""
         job = _decode_chunk(_split(view[_HEADER:])[0]).job
-    except (struct.error, msgspec.MsgspecError, FormatError, RecursionError):
+    except (struct.error, FormatError, *UNREADABLE):
         return ""
     return job if _NAME.fullmatch(job) else ""
 

@@ -51,5 +51,5 @@ def decode(secret: bytes, key: str, value: bytes) -> Entry:
         raise FormatError(f"{key!r} is not a kind of entry that is known here")
     try:
         return msgspec.msgpack.decode(codec.unseal(secret, _KIND, value), type=cls)
-    except msgspec.MsgspecError as exc:
+    except codec.UNREADABLE as exc:
         raise FormatError(f"entry {key!r} cannot be read: {exc}") from exc

@@ -8,6 +8,7 @@ from typing import Final
 import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
+from yadtq_nb import codec
 from yadtq_nb.backlog.connection import TIMEOUT, dead_topic, settings, translate_kafka_errors
 from yadtq_nb.config import Config
 from yadtq_nb.errors import FormatError
@@ -16,6 +17,8 @@ from yadtq_nb.errors import FormatError
 HEADER: Final = "yadtq"
 #: Bytes of an original that are kept: a longer one still lies where it was read.
 KEPT: Final = 256 * 1024
+#: Seconds to wait for more behind the end that the broker has told.
+_TAIL: Final = 0.3
 #: Longest reason or name, in characters.
 _LONGEST: Final = 2_000
 
@@ -64,7 +67,7 @@ def decode(data: bytes) -> Dead:
     """
     try:
         return _plain(msgspec.json.decode(data, type=Dead))
-    except msgspec.MsgspecError as exc:
+    except codec.UNREADABLE as exc:
         raise FormatError(f"a note on the dead topic cannot be read: {exc}") from exc
 
 
@@ -82,36 +85,43 @@ def read_dead(config: Config, queue: str) -> Iterator[Dead]:
 
 
 def _notes(config: Config, queue: str) -> Iterator[Dead]:
-    quiet = {"group.id": f"yadtq.{queue}.dead", "enable.auto.commit": False, "auto.offset.reset": "earliest"}
+    more = {"fetch.wait.max.ms": 10} if config.reading == "wake" else {}
     with translate_kafka_errors(config):
-        consumer = Consumer(settings(config, **quiet, **{"enable.partition.eof": True}))
+        consumer = Consumer(
+            settings(config, **{"group.id": f"yadtq.{queue}.dead", "enable.auto.commit": False, **more})
+        )
         try:
-            place = TopicPartition(dead_topic(queue), 0)
-            try:
-                low, high = consumer.get_watermark_offsets(place, timeout=TIMEOUT)
-            except KafkaException as exc:
-                if exc.args[0].code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_PARTITION):
-                    return  # nothing was ever refused here
-                raise
+            low, high = _bounds(consumer, queue)
             if low >= high:
                 return
             consumer.assign([TopicPartition(dead_topic(queue), 0, low)])
+            reached = low
             while True:
-                message = consumer.poll(TIMEOUT)
+                message = consumer.poll(_TAIL if reached >= high else TIMEOUT)
+                if message is None and reached >= high:
+                    return
                 if message is None:
                     raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
-                error = message.error()
-                if error is not None and error.code() == KafkaError._PARTITION_EOF:
-                    return
-                if error is not None:
-                    continue
-                note = _note(message.headers())
-                if note is not None:
-                    yield note
-                if (message.offset() or 0) >= high - 1:
-                    return
+                if message.error() is None:
+                    reached = (message.offset() or 0) + 1
+                    if (note := _note(message.headers())) is not None:
+                        yield note
+                    # Of a partition with batches of several records Tansu says a smaller end than it has.
+                    if reached >= high and config.reading != "wake":
+                        return
         finally:
             consumer.close()
+
+
+def _bounds(consumer: Consumer, queue: str) -> tuple[int, int]:
+    """Return where the dead topic begins and ends; a queue of an older version has none."""
+    try:
+        low, high = consumer.get_watermark_offsets(TopicPartition(dead_topic(queue), 0), timeout=TIMEOUT)
+    except KafkaException as exc:
+        if exc.args[0].code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_PARTITION):
+            return 0, 0
+        raise
+    return low, high
 
 
 def _note(headers: object) -> Dead | None:
