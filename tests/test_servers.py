@@ -44,15 +44,15 @@ MakeNodes = Callable[..., LocalCluster]
 
 @pytest.fixture
 def make_nodes(servers: stacks.Servers, queue_name: str) -> Iterator[MakeNodes]:
-    """Make one worker of two slots on these servers; settings can be changed."""
+    """Make workers, one of two slots unless said, on these servers; settings can be changed."""
     made: list[LocalCluster] = []
 
-    def make(**changed: Any) -> LocalCluster:
+    def make(slots: int = 2, workers: int = 1, **changed: Any) -> LocalCluster:
         given = {name: getattr(servers.config, name) for name in servers.config.__struct_fields__}
         for name in ("kafka", "redis"):
             del given[name]
         kafka, store = servers.config.kafka, servers.config.redis
-        made.append(LocalCluster(2, 1, queue_name, kafka=kafka, redis=store, settings={**given, **changed}))
+        made.append(LocalCluster(slots, workers, queue_name, kafka=kafka, redis=store, settings={**given, **changed}))
         return made[-1]
 
     yield make
@@ -134,6 +134,31 @@ def test_store_that_is_killed_and_started_again_with_its_append_only_file_after_
         time.sleep(2.0)
         servers.store.start()
         check(job, audit, again=0)
+
+
+def test_lease_outlives_an_outage_of_the_store_also_when_another_node_is_back_first(
+    servers: stacks.Servers, make_nodes: MakeNodes, audit: Path
+) -> None:
+    if servers.name == "kafka":
+        pytest.skip("nothing of it touches the broker")
+    cluster = make_nodes(slots=1, workers=2, lease=2.0, heartbeat=0.4)
+    with cluster.queue() as queue:
+        job = queue.map(traced, range(1), kwargs={"audit": str(audit), "seconds": 6.0})
+        wait_until(lambda: runs(audit), "it runs")
+        wait_until(lambda: sorted(queue.workers().busy) == [0, 1], "its node has said so")
+        views = queue.workers()
+        busy = int(views[views.busy == 1].pid.iloc[0])
+        idle = views[views.busy == 0].index[0]
+        servers.store.end(signal.SIGKILL)
+        os.kill(busy, signal.SIGSTOP)
+        try:
+            time.sleep(2.5)
+            servers.store.start()
+            wait_until(lambda: queue.workers().heartbeat_age[idle] < 0.4, "the other is back")
+            time.sleep(0.5)
+        finally:
+            os.kill(busy, signal.SIGCONT)
+        check(job, audit, again=0, count=1)
 
 
 def test_full_store_refuses_what_is_new_and_finishes_what_it_has(
