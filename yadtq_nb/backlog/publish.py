@@ -1,10 +1,10 @@
 """Producing: chunks round robin over the partitions, jobs to the compacted topic, events to the flight recorder, and
 what was refused to the dead topic.
 
-A record that was handed over is held here until the broker has acknowledged it; on a broker that keeps it in memory
-only, until it has been fed to the workbench. When the producer cannot go on (the topic was made again, the broker in
-memory was restarted), a new one sends what is held once more: a chunk is known by its id, so that one that arrives
-twice runs once.
+A record that was handed over is held here until the broker has acknowledged it; a client holds it until it has been
+fed to the workbench, on a broker with a disk up to some bytes. When the producer cannot go on (the topic was made
+again, the broker in memory was restarted), a new one sends what is held once more: a chunk is known by its id, so that
+one that arrives twice runs once.
 """
 
 from __future__ import annotations
@@ -46,8 +46,11 @@ MAX_RECORD: Final = 900_000
 GIVE_UP: Final = 120.0
 #: Seconds between tries to make a new producer while the broker is away.
 _PAUSE: Final = 0.2
-#: Seconds between looks at what has been fed.
-_LOOK: Final = 0.1
+#: Seconds between looks at what has been fed, from a broker that forgets it when it is restarted, and from others.
+_LOOK_WAKE: Final = 0.1
+_LOOK_POLL: Final = 1.0
+#: Bytes that are held beside a broker that has them on disk: only a topic that is deleted takes them away there.
+_HELD: Final = 64 * 1024 * 1024
 
 _encode = msgspec.json.Encoder().encode
 
@@ -90,7 +93,7 @@ class Publisher:
         """Connect, and make the queue's topics if they are missing.
 
         Args:
-            fed: tells how far each partition has been fed; given where the broker keeps records in memory only.
+            fed: tells how far each partition has been fed; given by a client, which sends what was lost before that.
 
         Raises:
             BacklogError: Kafka cannot be reached or refuses.
@@ -101,9 +104,11 @@ class Publisher:
         self._empty = threading.Condition(self._lock)
         #: What the broker has not acknowledged yet, in the order of sending.
         self._letters: dict[int, _Letter] = {}
-        #: What it has acknowledged, but would forget with its memory.
+        #: What it has acknowledged, but would forget with its memory, or with its topic.
         self._unsafe: list[_Letter] = []
+        self._unsafe_bytes = 0
         self._fed = fed
+        self._forgets = config.reading == "wake"
         self._fed_seen_at = 0.0
         self._broken = threading.Event()
         self._closing = threading.Event()
@@ -151,7 +156,7 @@ class Publisher:
     def settle(self, timeout: float) -> bool:
         """Wait until everything is safe: acknowledged, and fed where the broker keeps it in memory only."""
         with self._empty:
-            return self._empty.wait_for(lambda: not self._letters and not self._unsafe, timeout)
+            return self._empty.wait_for(lambda: not self._letters and not (self._forgets and self._unsafe), timeout)
 
     def close(self, timeout: float = TIMEOUT) -> bool:
         """Flush and stop. False when some records were not taken."""
@@ -216,13 +221,19 @@ class Publisher:
         with self._empty:
             if self._letters.pop(id(letter), None) is None:
                 return
-            if error is None and self._fed is not None and not letter.to_jobs:
+            if error is None and self._is_to_be_held(letter):
                 letter.place = (self._topic.id, partition, offset)
                 self._unsafe.append(letter)
+                self._unsafe_bytes += len(letter.value)
             if not self._letters:
                 self._empty.notify_all()
         if letter.acknowledged is not None:
             letter.acknowledged(error, partition, offset)
+
+    def _is_to_be_held(self, letter: _Letter) -> bool:
+        if self._fed is None or letter.to_jobs:
+            return False
+        return self._forgets or self._unsafe_bytes < _HELD
 
     def _heard_of_event(self, error: KafkaError | None, _: Message) -> None:
         if error is not None:
@@ -261,7 +272,7 @@ class Publisher:
                 self._producer.poll(0.2)
             except KafkaException:
                 self._broken.set()
-            if self._unsafe and time.monotonic() - self._fed_seen_at > _LOOK:
+            if self._unsafe and time.monotonic() - self._fed_seen_at > (_LOOK_WAKE if self._forgets else _LOOK_POLL):
                 self._look_what_is_fed()
             if self._broken.is_set():
                 self._renew()
@@ -284,8 +295,12 @@ class Publisher:
             forgotten = [letter for letter in doubtful if letter.place[0] != present]
         with self._empty:
             # What was acknowledged meanwhile has come behind those that were looked at.
-            self._unsafe = [*(letter for letter in held if letter not in forgotten), *self._unsafe[seen:]]
+            gone = set(map(id, forgotten))
+            self._unsafe = [*(letter for letter in held if id(letter) not in gone), *self._unsafe[seen:]]
+            self._unsafe_bytes = sum(len(letter.value) for letter in self._unsafe)
             self._letters.update({id(letter): letter for letter in forgotten})
+            for letter in forgotten:
+                letter.deadline = time.monotonic() + GIVE_UP
             self._empty.notify_all()
         if forgotten:
             self._broken.set()

@@ -48,7 +48,7 @@ class Link:
         self.store = JobStore(config, queue)
         patiently(self.store.check_secret, PATIENCE)
         self.inbox = Inbox(config, queue)
-        self._publisher = Publisher(config, queue, fed=self.store.cursors if config.reading == "wake" else None)
+        self._publisher = Publisher(config, queue, fed=self.store.cursors)
         self.mailer = Mailer(config, self.store, self._publisher)
         self._senders: list[Sender] = []
         self._pid = os.getpid()

@@ -47,11 +47,11 @@ def translate_redis_errors() -> Iterator[None]:
         raise WorkbenchRefusedError(
             f"Redis refused the password or user in its URL: {exc}; check YADTQ_REDIS (or redis=)"
         ) from exc
+    except redis.OutOfMemoryError as exc:
+        raise WorkbenchFullError(
+            "Redis is full (maxmemory): delete old jobs or raise maxmemory; tasks in hand go on"
+        ) from exc
     except redis.ResponseError as exc:
-        if str(exc).startswith("OOM"):
-            raise WorkbenchFullError(
-                "Redis is full (maxmemory): delete old jobs or raise maxmemory; tasks in hand go on"
-            ) from exc
         raise WorkbenchError(f"Redis refused a command: {exc}") from exc
     except (redis.ConnectionError, redis.TimeoutError) as exc:
         if isinstance(exc.__context__, ssl.SSLCertVerificationError | FileNotFoundError):

@@ -24,6 +24,7 @@ _PAGE: Final = 100
 _SIGNED: Final = 64
 #: Seconds after which a sender that has said nothing counts as gone.
 SENDER_LEASE: Final = 10.0
+_SAY_SENDING: Final = "#!lua flags=allow-oom\nreturn redis.call('SET', KEYS[1], 1, 'PX', ARGV[1])"
 
 _pack = msgspec.msgpack.Encoder().encode
 _decode_info = msgspec.msgpack.Decoder(WorkerInfo).decode
@@ -217,7 +218,8 @@ class JobStore:
     def say_sending(self, job: str) -> None:
         """Tell that this client still sends the job's items; holds for SENDER_LEASE seconds."""
         with self._redis.use() as client:
-            client.set(self._key(job, "sending"), 1, px=int(SENDER_LEASE * 1000))
+            # Also when Redis is full: a client that sends must not be taken for one that has died.
+            client.eval(_SAY_SENDING, 1, self._key(job, "sending"), int(SENDER_LEASE * 1000))
 
     def stop_sending(self, job: str) -> None:
         """Tell that this client sends no more of the job."""
