@@ -86,6 +86,15 @@ def start(name: StackName, directory: Path) -> Iterator[Servers]:
                 yield Servers(name, _settings(kafka, redis, "poll"))
 
 
+@contextlib.contextmanager
+def start_store(directory: Path) -> Iterator[Config]:
+    """Start a store alone, for what needs no broker."""
+    home = Home(directory)
+    home.make()
+    with _valkey(home) as redis:
+        yield _settings("127.0.0.1:1", redis, "poll")
+
+
 def _settings(kafka: str, redis: str, reading: Literal["wake", "poll"]) -> Config:
     watermark = {"watermark_chunks": None, "watermark_bytes": None} if reading == "wake" else {}
     return msgspec.convert(
