@@ -154,7 +154,16 @@ def start(name: StackName, directory: Path, *, broker_at: Place = HERE, store_at
         )
 
 
-def _settings(kafka: str, redis: str, reading: str) -> Config:
+@contextlib.contextmanager
+def start_store(directory: Path) -> Iterator[Config]:
+    """Start a store alone, for what needs no broker."""
+    home = Home(directory)
+    home.make()
+    with valkey(home).running() as store:
+        yield _settings("127.0.0.1:1", f"redis://:{PASSWORD}@{store.address}/0", "poll")
+
+
+def _settings(kafka: str, redis: str, reading: Literal["wake", "poll"]) -> Config:
     watermark = {"watermark_chunks": None, "watermark_bytes": None} if reading == "wake" else {}
     return msgspec.convert(
         {"kafka": kafka, "redis": redis, "secret": SECRET, "reading": reading, "partitions": 4, **watermark}, Config

@@ -1,0 +1,876 @@
+"""The verbs of the workbench against a model in plain Python, driven at random by Hypothesis.
+
+    Model      the workbench as its rules say; its verbs answer as the real ones must
+    Machine    the world around it: Kafka's logs and commits, nodes that crash, replies that are lost, time, faults
+
+Each rule sends one verb to both and compares the answers. After each, all that lies in Redis is compared with the
+model, and what no verb may break is checked without it: see Machine.nothing_is_lost. At the end a healthy node must be
+able to finish everything.
+
+Nothing sleeps: a lease lasts 1,000 s, and time passes by moving all times in Redis back, in steps of 300 s.
+
+To add a verb: a method of Model, and a rule that passes both calls to Machine.both. What it keeps in Redis goes into
+Model.view and Machine.observed.
+
+YADTQ_EXAMPLES=5000 makes a long run.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import pytest
+import stacks
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    MultipleResults,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from yadtq_nb import codec
+from yadtq_nb.config import Config
+from yadtq_nb.model import ChunkHead, Environment, Lease, Manifest, Seal, WorkerInfo
+from yadtq_nb.workbench.bench import Batch, Cursor, NotLiveError, Workbench
+from yadtq_nb.workbench.jobs import JobStore
+
+LEASE = 1_000.0
+WATERMARK = 3
+PARTITIONS = 2
+NODES = 2
+MOST_CHUNKS = 20
+#: At a time.
+OPEN_CHUNKS = 4
+QUEUE = "machine"
+EXAMPLES = int(os.environ.get("YADTQ_EXAMPLES", "200"))
+
+COUNTS = (b"fed", b"running", b"succeeded", b"failed", b"late")
+FATES = st.sampled_from(["ok", "ok", "ok", "lost", "twice"])
+NODE = st.integers(0, NODES - 1)
+PARTITION = st.integers(0, PARTITIONS - 1)
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass
+class Job:
+    fed: int = 0
+    running: int = 0
+    late: int = 0
+    total: int = -1
+    ended: bool = False
+
+
+@dataclasses.dataclass
+class Chunk:
+    head: ChunkHead
+    weight: int
+    positions: set[tuple[str, int, int]]
+    owner: str | None = None
+    token: int = 0
+    deadline: float = 0.0
+    at: int | None = None
+    lapses: int = 0
+    crashes: dict[int, int] = dataclasses.field(default_factory=dict)
+
+
+class Model:
+    """The workbench as its rules say. Owners, names and numbers; no bytes."""
+
+    def __init__(self, now: float) -> None:
+        self.now = now
+        self.reaped: float | None = None
+        self.token = 0
+        self.cursor: dict[int, Cursor] = {}
+        self.open: dict[str, Chunk] = {}
+        self.ready: list[str] = []
+        self.jobs: dict[str, Job] = {}
+        #: Chunk -> offset -> run and state of its outcome.
+        self.outcomes: dict[str, dict[int, tuple[int, str]]] = collections.defaultdict(dict)
+        self.beats: dict[str, float] = {}
+        self.feeders: set[str] = set()
+        self.dead: set[str] = set()
+
+    # Verbs.
+
+    def feed(self, node: str, batches: list[Batch], free: int) -> Any:
+        if not self.is_live(node):
+            return "refused"
+        replies, leases = [], []
+        for batch in batches:
+            cursor = self.cursor.get(batch.partition)
+            status = "fed"
+            if cursor is None:
+                status = "no cursor"
+            elif cursor != Cursor(batch.topic_id, batch.expected):
+                status = "moved"
+            elif len(self.ready) >= WATERMARK:
+                status = "full"
+            else:
+                for offset, head, _ in batch.chunks:
+                    position = (batch.topic_id, batch.partition, offset)
+                    if self.feed_one(head, position) and free > len(leases):
+                        self.ready.remove(head.id)
+                        leases.append(self.grant(head.id, node)[:2])
+                cursor = self.cursor[batch.partition] = Cursor(batch.topic_id, batch.next)
+            replies.append((status, cursor))
+        return replies, leases
+
+    def feed_one(self, head: ChunkHead, position: tuple[str, int, int]) -> bool:
+        job = self.jobs.setdefault(head.job, Job(total=head.total))
+        if self.is_finished(head):
+            return False
+        if head.id in self.open:
+            self.open[head.id].positions.add(position)
+            return False
+        self.open[head.id] = Chunk(head, head.count if head.concurrent else 1, {position})
+        self.ready.append(head.id)
+        job.fed += head.count
+        return True
+
+    def take(self, node: str, count: int) -> Any:
+        if not self.is_live(node):
+            return "refused"
+        taken, self.ready = self.ready[:count], self.ready[count:]
+        return [self.grant(id, node) for id in taken]
+
+    def finish(self, node: str, lease: Lease, results: dict[int, tuple[int, str]]) -> str:
+        id = lease.head.id
+        chunk = self.open.get(id)
+        if chunk is None:
+            return "closed"
+        current, job, known = self.holds(node, lease), self.jobs[lease.head.job], self.outcomes[id]
+        # The first outcome of a task counts; without the current token only a success does.
+        new = {o: result for o, result in results.items() if o not in known and (current or result[1] == "S")}
+        known.update(new)
+        job.late += len(results) - len(new)
+        closed = len(known) == chunk.head.count
+        if closed:
+            if chunk.owner:
+                self.revoke(chunk)
+            else:
+                self.ready.remove(id)
+            del self.open[id]
+        if new:
+            self.end_if_complete(lease.head.job)
+        return "closed" if closed else "current" if current else "lapsed"
+
+    def release(self, node: str, lease: Lease, crashed: int | None) -> bool:
+        if not self.holds(node, lease):
+            return False
+        chunk = self.open[lease.head.id]
+        if crashed is not None:
+            chunk.crashes[crashed] = chunk.crashes.get(crashed, 0) + 1
+        self.put_back(chunk)
+        return True
+
+    def mark(self, node: str, lease: Lease, offset: int) -> bool:
+        if not self.holds(node, lease):
+            return False
+        self.open[lease.head.id].at = offset
+        return True
+
+    def beat(self, node: str, leases: list[tuple[Lease, int]], polls: bool) -> list[str]:
+        self.beats[node] = self.now
+        self.dead.discard(node)
+        (self.feeders.add if polls else self.feeders.discard)(node)
+        kept = [(self.open[lease.head.id], offset) for lease, offset in leases if self.holds(node, lease)]
+        for chunk, offset in kept:
+            chunk.deadline = self.now + LEASE
+            chunk.at = offset if offset >= 0 else chunk.at
+        return [lease.head.id for lease, _ in leases if not self.holds(node, lease)]
+
+    def reap(self, dead: str) -> set[tuple[str, str]]:
+        away = self.reaped is not None and self.now - self.reaped > LEASE
+        self.reaped = self.now
+        if dead:
+            self.feeders.discard(dead)
+            self.dead.add(dead)
+        lapsed = set()
+        for id, chunk in self.open.items():
+            if chunk.owner is None:
+                continue
+            if dead == chunk.owner or (not dead and not away and chunk.deadline <= self.now):
+                lapsed.add((id, chunk.owner))
+            elif away:
+                chunk.deadline = self.now + LEASE
+        for id, _ in sorted(lapsed, key=lambda one: (self.open[one[0]].deadline, one[0])):
+            chunk = self.open[id]
+            chunk.lapses += 1
+            if chunk.at is not None:
+                chunk.crashes[chunk.at] = chunk.crashes.get(chunk.at, 0) + 1
+            self.put_back(chunk)
+        return lapsed
+
+    def init(self, partition: int, seen: Cursor | None, cursor: Cursor) -> Cursor | None:
+        if self.cursor.get(partition) == seen:
+            self.cursor[partition] = cursor
+        return self.cursor.get(partition)
+
+    def create(self, job: str) -> str:
+        self.jobs.setdefault(job, Job())
+        return job
+
+    def seal(self, job: str, total: int) -> None:
+        self.jobs.setdefault(job, Job()).total = total
+        self.end_if_complete(job)
+
+    # What the verbs share.
+
+    def is_live(self, node: str) -> bool:
+        return node not in self.dead and self.now - self.beats.get(node, -math.inf) < LEASE
+
+    def holds(self, node: str, lease: Lease) -> bool:
+        chunk = self.open.get(lease.head.id)
+        return chunk is not None and (chunk.owner, chunk.token) == (node, lease.token)
+
+    def grant(self, id: str, node: str) -> tuple[Any, ...]:
+        chunk = self.open[id]
+        self.token += 1
+        chunk.owner, chunk.token, chunk.deadline = node, self.token, self.now + LEASE
+        self.jobs[chunk.head.job].running += chunk.weight
+        return id, self.token, set(self.outcomes[id]), dict(chunk.crashes), chunk.lapses
+
+    def revoke(self, chunk: Chunk) -> None:
+        chunk.owner = chunk.at = None
+        self.jobs[chunk.head.job].running -= chunk.weight
+
+    def put_back(self, chunk: Chunk) -> None:
+        self.revoke(chunk)
+        self.ready.insert(0, chunk.head.id)
+
+    def is_finished(self, head: ChunkHead) -> bool:
+        return len(self.outcomes[head.id]) == head.count
+
+    def counts(self, job: str) -> collections.Counter[str]:
+        states = [s for id, known in self.outcomes.items() if id.startswith(f"{job}:") for _, s in known.values()]
+        return collections.Counter(states)
+
+    def end_if_complete(self, job: str) -> None:
+        if 0 <= self.jobs[job].total <= self.counts(job).total():
+            self.jobs[job].ended = True
+
+    def positions(self) -> set[tuple[str, int, int]]:
+        return {position for chunk in self.open.values() for position in chunk.positions}
+
+    def low(self, partition: int) -> Cursor | None:
+        cursor = self.cursor.get(partition)
+        if cursor is None:
+            return None
+        held = [offset for topic, p, offset in self.positions() if (topic, p) == (cursor.topic_id, partition)]
+        return Cursor(cursor.topic_id, min(held, default=cursor.offset))
+
+    def view(self) -> dict[str, Any]:
+        """Return what Machine.observed must find in Redis."""
+        leased = {id: chunk for id, chunk in self.open.items() if chunk.owner}
+        return {
+            "cursor": self.cursor,
+            "open": {
+                id: (set(self.outcomes[id]), c.owner, c.token, c.lapses, c.crashes, c.positions)
+                for id, c in self.open.items()
+            },
+            "positions": self.positions(),
+            "ready": self.ready,
+            "leases": {id: steps(chunk.deadline - self.now) for id, chunk in leased.items()},
+            "at": {id: chunk.at for id, chunk in leased.items() if chunk.at is not None},
+            "beats": {node: steps(beat - self.now) for node, beat in self.beats.items()},
+            "feeders": self.feeders,
+            "dead": self.dead,
+            "jobs": {
+                id: (job.fed, job.running, self.counts(id)["S"], self.counts(id)["F"], job.late, job.total, job.ended)
+                for id, job in self.jobs.items()
+            },
+            "outcomes": {id: known for id, known in self.outcomes.items() if known},
+        }
+
+
+_SHIFT = """
+for n = 1, 2 do
+  for _, member in ipairs(redis.call('ZRANGE', KEYS[n], 0, -1)) do
+    redis.call('ZINCRBY', KEYS[n], -ARGV[1], member)
+  end
+end
+local reaped = redis.call('GET', KEYS[3])
+if reaped then
+  redis.call('SET', KEYS[3], string.format('%.6f', reaped - ARGV[1]))
+end
+"""
+
+
+def steps(seconds: float) -> int:
+    """Round to what time moves by, since the server's clock goes on while an example runs."""
+    return round(seconds / 100)
+
+
+class Store:
+    """The server, and one pair of hands for each name: they last for all examples."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = msgspec.structs.replace(config, lease=LEASE, watermark_chunks=WATERMARK, watermark_bytes=None)
+        self.jobs = JobStore(self.config, QUEUE)
+        self.redis = self.jobs._redis.client
+        self.key = self.jobs._redis.key
+        self.benches: dict[str, Workbench] = {}
+        self.records: dict[ChunkHead, bytes] = {}
+
+    def bench(self, name: str) -> Workbench:
+        if name not in self.benches:
+            self.benches[name] = Workbench(self.config, QUEUE, name)
+        return self.benches[name]
+
+    def record(self, head: ChunkHead) -> bytes:
+        if head not in self.records:
+            self.records[head] = codec.encode_chunk(self.config.key, head, b"", codec.dumps([0] * head.count))
+        return self.records[head]
+
+    def shift(self, seconds: float) -> None:
+        """Let time pass: everything that was, is longer ago."""
+        self.redis.eval(_SHIFT, 3, *map(self.key, ("beats", "leases", "reaped")), seconds)
+
+    def dump(self) -> dict[bytes, tuple[int, bytes]]:
+        pipe, names = self.redis.pipeline(transaction=False), self.redis.keys("*")
+        for name in names:
+            pipe.pttl(name).dump(name)
+        cells = pipe.execute()
+        return dict(zip(names, zip(cells[::2], cells[1::2], strict=True), strict=True))
+
+    def load(self, dump: dict[bytes, tuple[int, bytes]]) -> None:
+        pipe = self.redis.pipeline(transaction=False).flushdb()
+        for name, (ttl, value) in dump.items():
+            pipe.restore(name, max(0, ttl), value)
+        pipe.execute()
+
+    def close(self) -> None:
+        for bench in self.benches.values():
+            bench.close()
+        self.jobs.close()
+
+
+def observe(store: Store) -> dict[str, Any]:
+    """Return what lies in Redis, in the form of Model.view."""
+    redis, key = store.redis, store.key
+    names = [name.decode() for name in redis.keys("*")]
+    pipe = redis.pipeline(transaction=False)
+    pipe.time().hgetall(key("cursor")).hgetall(key("open")).lrange(key("ready"), 0, -1).get(key("ready_bytes"))
+    pipe.zrange(key("leases"), 0, -1, withscores=True).hgetall(key("at"))
+    pipe.zrange(key("beats"), 0, -1, withscores=True).smembers(key("feeders")).smembers(key("dead"))
+    (now, _), cursor, packed, ready, ready_bytes, leases, at, beats, feeders, dead = pipe.execute()
+    open = {id.decode(): msgspec.msgpack.decode(chunk) for id, chunk in packed.items()}
+    assert int(ready_bytes or 0) == sum(open[id.decode()]["size"] for id in ready if id.decode() in open)
+    temporary = [name for name in names if name.startswith((key("job:"), key("name:")))]
+    jobs = [name for name in temporary if name.startswith(key("job:")) and name.count(":") == key("job:").count(":")]
+    lines = [name for name in names if name.startswith(key("position:"))]
+    for name in temporary:
+        pipe.ttl(name)
+    for name in jobs:
+        pipe.hgetall(name).hgetall(f"{name}:out")
+    for name in lines:
+        pipe.zrange(name, 0, -1)
+    cells = pipe.execute()
+    assert all(ttl > 0 for ttl in cells[: len(temporary)]), "a job stays for ever"
+    found = cells[len(temporary) : len(temporary) + 2 * len(jobs)]
+    outcomes: dict[str, dict[int, tuple[int, str]]] = {}
+    for name, stored in zip(jobs, found[1::2], strict=True):
+        outcomes.update(read_outcomes(name.rpartition(":")[2], stored))
+    return {
+        "cursor": {int(p): Cursor.parse(at) for p, at in cursor.items()},
+        "open": {
+            id: (
+                {n for n, flag in enumerate(chunk["done"]) if flag == "1"},
+                chunk.get("owner"),
+                chunk.get("token", 0),
+                chunk["lapses"],
+                {int(offset): times for offset, times in dict(chunk["crashes"]).items()},
+                {tuple(position) for position in chunk["positions"]},
+            )
+            for id, chunk in open.items()
+        },
+        "positions": {
+            (topic, int(p), int(offset))
+            for name, held in zip(lines, cells[len(cells) - len(lines) :], strict=True)
+            for topic, p in [name.split(":")[-2:]]
+            for offset in held
+        },
+        "ready": [id.decode() for id in ready],
+        "leases": {id.decode(): steps(deadline - now) for id, deadline in leases},
+        "at": {id.decode(): int(offset) for id, offset in at.items()},
+        "beats": {node.decode(): steps(beat - now) for node, beat in beats},
+        "feeders": {node.decode() for node in feeders},
+        "dead": {node.decode() for node in dead},
+        "jobs": {
+            name.rpartition(":")[2]: (
+                *(int(job.get(part, 0)) for part in COUNTS),
+                int(job.get(b"total", -1)),
+                b"ended" in job,
+            )
+            for name, job in zip(jobs, found[::2], strict=True)
+        },
+        "outcomes": outcomes,
+    }
+
+
+def read_outcomes(job: str, stored: dict[bytes, bytes]) -> dict[str, dict[int, tuple[int, str]]]:
+    found: dict[str, dict[int, tuple[int, str]]] = collections.defaultdict(dict)
+    for field, frame in stored.items():
+        if field.endswith(b"m"):
+            continue
+        results, mask = json.loads(frame), stored.get(field + b"m")
+        of_chunk = found[f"{job}:{field.decode().split('.')[0]}"]
+        for n, (offset, run, state) in enumerate(results):
+            if mask is None or mask[n : n + 1] == b"1":
+                assert offset not in of_chunk, "two outcomes of one task"
+                of_chunk[offset] = (run, state)
+    return found
+
+
+class Node:
+    """What a node knows; forgotten when it crashes."""
+
+    def __init__(self, name: str, topic: str) -> None:
+        self.name = name
+        self.topic = topic
+        self.positions: dict[int, int] = {}
+        #: Partition -> the cursor that was seen to be missing or of another topic, and what is to replace it.
+        self.seen: dict[int, tuple[Cursor | None, Cursor]] = {}
+        self.held: dict[str, Lease] = {}
+
+
+class Machine(RuleBasedStateMachine):
+    leases = Bundle("leases")
+
+    def __init__(self, store: Store) -> None:
+        super().__init__()
+        self.store = store
+        self.model = Model(0.0)
+        store.redis.flushdb()
+        self.snapshot = (store.dump(), copy.deepcopy(self.model))
+        self.topic = "t1"
+        #: Topic -> partition -> what lies there; None is a record that cannot be read.
+        self.logs: dict[str, list[list[ChunkHead | None]]] = {"t1": [[] for _ in range(PARTITIONS)]}
+        self.committed: dict[int, Cursor] = {}
+        #: The highest mark that was ever committed: a wipe may lose what was finished before it.
+        self.floor: collections.Counter[tuple[str, int]] = collections.Counter()
+        #: Marks that were told, and those of them that are on disk.
+        self.marks: list[tuple[int, Cursor]] = []
+        self.settled: list[tuple[int, Cursor]] = []
+        self.heads: list[ChunkHead] = []
+        self.created = self.sealed = False
+        self.born = self.runs = self.faults = 0
+        self.nodes = [self.bear() for _ in range(NODES)]
+
+    def both(
+        self,
+        fate: str,
+        real: Callable[[], T],
+        model: Callable[[], Any],
+        facts: Callable[[T], Any] = lambda reply: reply,
+    ) -> T | None:
+        """Send a verb to both, and compare; return the answer, unless it is lost. Or lost, and the verb sent again."""
+        self.sound = False
+        for _ in range(2 if fate == "twice" else 1):
+            self.model.now += 1e-6
+            try:
+                reply: T | None = real()
+                seen = facts(reply)
+            except NotLiveError:
+                reply, seen = None, "refused"
+            assert seen == model()
+        return None if fate == "lost" else reply
+
+    # The client.
+
+    @initialize(counts=st.lists(st.integers(1, 3), min_size=2, max_size=OPEN_CHUNKS))
+    def begin(self, counts: list[int]) -> None:
+        self.create("ok")
+        for count in counts:
+            self.produce(0, count, concurrent=False, alone=False, gap=False)
+
+    @rule(
+        partition=PARTITION, count=st.integers(1, 3), concurrent=st.booleans(), alone=st.booleans(), gap=st.booleans()
+    )
+    @precondition(lambda self: len(self.heads) < MOST_CHUNKS and len(self.model.open) < OPEN_CHUNKS)
+    def produce(self, partition: int, count: int, concurrent: bool, alone: bool, gap: bool) -> None:
+        """Send a chunk of the map, or a job of its own, which needs neither manifest nor seal."""
+        alone = alone or self.sealed
+        mates = [] if alone else [head for head in self.heads if head.job == "map"]
+        job, first = f"job{len(self.heads)}" if alone else "map", sum(head.count for head in mates)
+        head = ChunkHead(job, len(mates), first, count, "f", "fn", 0, "item", concurrent, Environment(), job)
+        head = msgspec.structs.replace(head, total=count if alone else -1, created=1.0)
+        self.heads.append(head)
+        self.logs[self.topic][partition] += [None, head] if gap else [head]
+
+    @rule(partition=PARTITION, which=st.integers(1, OPEN_CHUNKS))
+    @precondition(lambda self: self.heads)
+    def produce_again(self, partition: int, which: int) -> None:
+        self.logs[self.topic][partition].append(self.heads[-which % len(self.heads)])
+
+    @rule(fate=FATES)
+    def create(self, fate: str) -> None:
+        self.created = True
+        manifest = Manifest("map", "map", "fn", 1.0, -1)
+        self.both(fate, lambda: self.store.jobs.create(manifest), lambda: self.model.create("map"))
+
+    @rule(fate=FATES)
+    @precondition(lambda self: self.created)
+    def seal(self, fate: str) -> None:
+        self.sealed = True
+        total = sum(head.count for head in self.heads if head.job == "map")
+        seal = Seal("map", total)
+        self.both(fate, lambda: self.store.jobs.seal(seal), lambda: self.model.seal("map", total), lambda reply: None)
+
+    # The feeder.
+
+    @rule(node=NODE, partition=PARTITION, at_topic=st.booleans())
+    def look(self, node: int, partition: int, at_topic: bool) -> None:
+        if at_topic:
+            self.turn_to_topic(self.nodes[node])
+        self.find(self.nodes[node], partition)
+
+    def find(self, node: Node, partition: int) -> None:
+        """Go to the cursor, or make up one that is to be set: Feeder._find up to its init."""
+        cursor = self.store.bench(node.name).cursor(partition)
+        if cursor is not None and cursor.topic_id == node.topic:
+            node.positions[partition] = cursor.offset
+            return
+        if cursor is None and self.created:
+            self.create("ok")
+            if self.sealed:
+                self.seal("ok")
+        committed = self.committed.get(partition)
+        offset = committed.offset if committed is not None and committed.topic_id == node.topic else 0
+        node.seen[partition] = (cursor, Cursor(node.topic, offset))
+
+    def turn_to_topic(self, node: Node) -> None:
+        if node.topic != self.topic:
+            node.topic, node.positions, node.seen = self.topic, {}, {}
+
+    @rule(node=NODE, partition=PARTITION, fate=FATES)
+    def init(self, node: int, partition: int, fate: str) -> None:
+        if partition in self.nodes[node].seen:
+            self.set_cursor(self.nodes[node], partition, fate)
+
+    def set_cursor(self, node: Node, partition: int, fate: str) -> None:
+        seen, made = node.seen.pop(partition)
+        now = self.both(
+            fate,
+            lambda: self.store.bench(node.name).init(partition, seen, made) or "none",
+            lambda: self.model.init(partition, seen, made) or "none",
+        )
+        if isinstance(now, Cursor) and now.topic_id == node.topic:
+            node.positions[partition] = now.offset
+
+    @rule(
+        target=leases,
+        node=NODE,
+        partitions=st.sampled_from([[0], [1], [0, 1]]),
+        most=st.sampled_from([2, 1, 3, 0]),
+        free=st.sampled_from([1, 0, 2]),
+        fate=FATES,
+    )
+    def feed(self, node: int, partitions: list[int], most: int, free: int, fate: str) -> MultipleResults[Any]:
+        return self.read(self.nodes[node], partitions, most, free, fate)
+
+    def read(self, node: Node, partitions: list[int], most: int, free: int, fate: str = "ok") -> MultipleResults[Any]:
+        batches = []
+        for p in partitions:
+            if p not in node.positions:
+                self.find(node, p)
+                if p in node.seen:
+                    self.set_cursor(node, p, "ok")
+            start = node.positions.get(p, 0)
+            records = self.logs[node.topic][p][start : start + most]
+            chunks = [(start + n, head, self.store.record(head)) for n, head in enumerate(records) if head]
+            batches.append(Batch(p, node.topic, start, start + len(records), chunks))
+        reply = self.both(
+            fate,
+            lambda: self.store.bench(node.name).feed(batches, free),
+            lambda: self.model.feed(node.name, batches, free),
+            lambda reply: ([(f.status, f.cursor) for f in reply[0]], [(one.head.id, one.token) for one in reply[1]]),
+        )
+        if reply is None:
+            return multiple()
+        for batch, fed in zip(batches, reply[0], strict=True):
+            if fed.status == "fed":
+                node.positions[batch.partition] = batch.next
+            elif fed.status != "full":
+                node.positions.pop(batch.partition, None)
+        return self.hold(node, reply[1])
+
+    # The node.
+
+    @rule(target=leases, node=NODE, most=st.integers(1, 3), count=st.integers(1, 3))
+    def turn(self, node: int, most: int, count: int) -> MultipleResults[Any]:
+        """Do what healthy clients and nodes do, so that there is something to spoil."""
+        it = self.nodes[node]
+        if len(self.model.open) < 2 and len(self.heads) < MOST_CHUNKS:
+            self.produce(node, count, concurrent=False, alone=False, gap=False)
+        self.say_alive(it)
+        self.bury(it)
+        fed, taken = self.read(it, [0, 1], most, 1), self.fill(it, 2)
+        return multiple(*fed.values, *taken.values)
+
+    @rule(target=leases, node=NODE, count=st.integers(1, 2), fate=FATES)
+    def take(self, node: int, count: int, fate: str) -> MultipleResults[Any]:
+        return self.fill(self.nodes[node], count, fate)
+
+    def fill(self, node: Node, count: int, fate: str = "ok") -> MultipleResults[Any]:
+        taken = self.both(
+            fate,
+            lambda: self.store.bench(node.name).take(count)[0],
+            lambda: self.model.take(node.name, count),
+            lambda taken: [(x.head.id, x.token, set(x.done), x.crashes, x.lapses) for x in taken],
+        )
+        return self.hold(node, taken or [])
+
+    def hold(self, node: Node, granted: list[Lease]) -> MultipleResults[Any]:
+        node.held.update({lease.head.id: lease for lease in granted})
+        return multiple(*((node, lease) for lease in granted))
+
+    def drop(self, node: Node, lease: Lease) -> None:
+        if node.held.get(lease.head.id) is lease:
+            del node.held[lease.head.id]
+
+    @rule(lease=leases, states=st.text("S.F", min_size=3, max_size=3), fate=FATES)
+    def finish(self, lease: tuple[Node, Lease], states: str, fate: str) -> None:
+        """By whoever has ever held it: the outcome of a zombie, or of a node that died since, may come late."""
+        self.tell(*lease, states, fate)
+
+    @rule(lease=leases, state=st.sampled_from("SF"), fate=FATES)
+    def finish_whole(self, lease: tuple[Node, Lease], state: str, fate: str) -> None:
+        self.tell(*lease, 3 * state, fate)
+
+    def tell(self, node: Node, lease: Lease, states: str, fate: str = "ok") -> None:
+        self.runs += 1
+        results = {n: (self.runs, state) for n, state in enumerate(states[: lease.head.count]) if state != "."}
+        results = results or {0: (self.runs, "F")}
+        told = list(results)
+        consecutive = range(told[0], told[-1] + 1)
+        frame = json.dumps([(offset, *result) for offset, result in results.items()]).encode()
+        packed = "".join(state for _, state in results.values()).encode()
+        offsets = consecutive if told == list(consecutive) else told
+        answer = self.both(
+            fate,
+            lambda: self.store.bench(node.name).finish(lease, offsets, packed, frame),
+            lambda: self.model.finish(node.name, lease, results),
+        )
+        if answer != "current":
+            self.drop(node, lease)
+
+    @rule(lease=leases, crashed=st.none() | st.integers(0, 2), fate=FATES)
+    def release(self, lease: tuple[Node, Lease], crashed: int | None, fate: str) -> None:
+        node, held = lease
+        self.both(
+            fate,
+            lambda: self.store.bench(node.name).release(held, crashed=crashed),
+            lambda: self.model.release(node.name, held, crashed),
+        )
+        self.drop(node, held)
+
+    @rule(lease=leases, offset=st.integers(0, 2), fate=FATES)
+    def mark(self, lease: tuple[Node, Lease], offset: int, fate: str) -> None:
+        node, held = lease
+        self.both(
+            fate,
+            lambda: self.store.bench(node.name).mark(held, offset),
+            lambda: self.model.mark(node.name, held, offset),
+        )
+
+    @rule(node=NODE, polls=st.sampled_from([True, True, False]), offset=st.integers(-1, 2), fate=FATES)
+    def beat(self, node: int, polls: bool, offset: int, fate: str) -> None:
+        self.say_alive(self.nodes[node], polls, offset, fate)
+
+    def say_alive(self, node: Node, polls: bool = True, offset: int = -1, fate: str = "ok") -> None:
+        info = WorkerInfo(node.name, "host", 1, 2, 0, 0, 0.0, "3.11")
+        named = [(lease, offset) for lease in node.held.values()]
+        heard = self.both(
+            fate,
+            lambda: self.store.bench(node.name).beat(info, PARTITIONS, named, polls=polls),
+            lambda: (self.model.beat(node.name, named, polls), len(self.model.ready)),
+            lambda heard: (heard.lost, heard.ready),
+        )
+        if heard is None:
+            return
+        for id in heard.lost:
+            del node.held[id]
+        found = self.store.redis.hgetall(self.store.key("partitions"))
+        owners = [found.get(str(p).encode(), b"").decode() for p in range(PARTITIONS)]
+        live = {name for name in self.model.feeders if self.model.is_live(name)}
+        ours = [p for p, owner in enumerate(owners) if owner == node.name]
+        assert sorted(share.partition for share in heard.shares) == ours
+        assert len(heard.shares) <= (math.ceil(PARTITIONS / len(live)) if polls else 0), "more than a fair share"
+        assert not polls or heard.shares or live.issuperset(owners), "partitions that nobody reads"
+        for share in heard.shares:
+            assert (share.cursor, share.low) == (
+                self.model.cursor.get(share.partition),
+                self.model.low(share.partition),
+            )
+            if share.low is not None:
+                self.marks.append((share.partition, share.low))
+
+    @rule(node=NODE, fate=FATES)
+    def reap(self, node: int, fate: str) -> None:
+        self.bury(self.nodes[node], "", fate)
+
+    def bury(self, node: Node, dead: str = "", fate: str = "ok") -> None:
+        self.both(fate, lambda: self.store.bench(node.name).reap(dead), lambda: self.model.reap(dead), set)
+
+    def bear(self) -> Node:
+        self.born += 1
+        node = Node(f"n{self.born}", self.topic)
+        self.say_alive(node)
+        return node
+
+    # What happens to them.
+
+    @rule(node=NODE, told=st.booleans(), late=st.booleans())
+    def crash(self, node: int, told: bool, late: bool) -> None:
+        """A node dies; the one that takes its place may know of it. What the dead has sent may still arrive."""
+        dead, self.nodes[node] = self.nodes[node], self.bear()
+        if told:
+            self.bury(self.nodes[node], dead.name)
+        if late:
+            self.fill(dead, 1, "lost")
+
+    @rule(count=st.integers(1, 4), asleep=st.sets(NODE))
+    def pass_time(self, count: int, asleep: set[int]) -> None:
+        self.wait(300 * count)
+        for number, node in enumerate(self.nodes):
+            if number not in asleep:
+                self.say_alive(node)
+
+    def wait(self, seconds: float) -> None:
+        self.store.shift(seconds)
+        self.model.now += seconds
+
+    @rule(node=NODE)
+    @precondition(lambda self: self.model.open and len(self.logs) < 4)
+    def make_topic_again(self, node: int) -> None:
+        """One node notices at once."""
+        self.topic = f"t{len(self.logs) + 1}"
+        self.logs[self.topic] = [[] for _ in range(PARTITIONS)]
+        self.turn_to_topic(self.nodes[node])
+
+    @rule()
+    def sync(self) -> None:
+        """Redis has on disk what it knows: marks that it has told may be committed from now on."""
+        self.snapshot = (self.store.dump(), copy.deepcopy(self.model))
+        self.settled, self.marks = self.settled + self.marks, []
+
+    @rule(which=st.integers(0, 9))
+    @precondition(lambda self: self.settled)
+    def commit(self, which: int) -> None:
+        partition, mark = self.settled[-1 - which % len(self.settled)]
+        self.committed[partition] = mark
+        self.floor[mark.topic_id, partition] = max(self.floor[mark.topic_id, partition], mark.offset)
+
+    @rule()
+    @precondition(lambda self: self.snapshot[1].open and self.faults < 3)
+    def roll_back(self) -> None:
+        """Redis has restarted, with what was on disk."""
+        self.faults += 1
+        dump, model = self.snapshot
+        self.store.load(dump)
+        self.store.shift(self.model.now - model.now)
+        now, self.model = self.model.now, copy.deepcopy(model)
+        self.model.now, self.marks = now, []
+
+    @rule()
+    @precondition(lambda self: self.model.open and self.faults < 3)
+    def wipe(self) -> None:
+        self.faults += 1
+        self.store.redis.flushdb()
+        self.model = Model(self.model.now)
+        self.snapshot = ({}, copy.deepcopy(self.model))
+        self.marks, self.settled = [], []
+
+    # What always holds.
+
+    @invariant()
+    def redis_holds_what_the_model_says(self) -> None:
+        self.sound = False
+        seen = observe(self.store)
+        assert seen == self.model.view()
+        self.nothing_is_lost(seen)
+        self.sound = True
+
+    def nothing_is_lost(self, seen: dict[str, Any]) -> None:
+        """Compare with what lies in Kafka; the model has no say in it."""
+        done = {id: len(outcomes) for id, outcomes in seen["outcomes"].items()}
+        for p, cursor in seen["cursor"].items():
+            for offset, head in enumerate(self.logs[cursor.topic_id][p][: cursor.offset]):
+                if head is not None and offset >= self.floor[cursor.topic_id, p] and done.get(head.id) != head.count:
+                    assert (cursor.topic_id, p, offset) in seen["positions"], "a commit may pass what is not finished"
+                    assert head.id in seen["open"], "lost"
+        waiting = [id for id, chunk in seen["open"].items() if chunk[1] is None]
+        assert sorted(seen["ready"]) == sorted(waiting), "ready twice, or neither ready nor leased"
+        assert seen["leases"].keys() == seen["open"].keys() - set(waiting), "a lease that never lapses"
+
+    def teardown(self) -> None:
+        """Let a healthy node work, alone, until all is quiet. Not after a failure: it would hide it."""
+        if not self.sound:
+            return
+        node = self.bear()
+        everywhere = list(range(PARTITIONS))
+        # The first reap may find that nobody has reaped for long; then the leases of the dead lapse.
+        for _ in range(7):
+            self.say_alive(node)
+            self.bury(node)
+            self.turn_to_topic(node)
+            for _ in range(2 * MOST_CHUNKS):
+                before = dict(node.positions)
+                self.read(node, everywhere, 400, 1)
+                self.fill(node, 9)
+                for lease in list(node.held.values()):
+                    self.tell(node, lease, "SSS")
+                if before == node.positions and not self.model.ready:
+                    break
+            else:
+                raise AssertionError("never quiet")
+            self.redis_holds_what_the_model_says()
+            self.wait(600)
+        assert not self.model.open, "stuck"
+        for p, log in enumerate(self.logs[self.topic]):
+            assert self.model.cursor[p] == Cursor(self.topic, len(log)), "not fed"
+        assert self.model.low(0) == self.model.cursor[0]
+        if self.sealed and all(self.model.is_finished(head) for head in self.heads if head.job == "map"):
+            assert self.model.jobs["map"].ended, "never ends"
+
+
+def chosen(examples: int, **more: Any) -> settings:
+    return settings(
+        max_examples=examples,
+        stateful_step_count=50,
+        deadline=None,
+        derandomize=False,
+        print_blob=True,
+        suppress_health_check=list(HealthCheck),
+        # Explaining traces every line.
+        **{"phases": set(Phase) - {Phase.explain}, **more},
+    )
+
+
+@pytest.mark.timeout(60 + EXAMPLES)
+def test_verbs_do_what_the_model_says_and_nothing_is_lost(tmp_path: Path) -> None:
+    with stacks.start_store(tmp_path) as config, contextlib.closing(Store(config)) as store:
+
+        def machine() -> Machine:  # decorate with the @reproduce_failure that a failure has printed
+            return Machine(store)
+
+        run_state_machine_as_test(machine, settings=chosen(EXAMPLES))
