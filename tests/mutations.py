@@ -104,7 +104,18 @@ end""",
     ("mark: by who does not hold it", "mark", "or not holds(chunk, ARGV[1], ARGV[3])", ""),
     ("init: without comparing", "init", "if cursor ~= ARGV[2] then", "if false then"),
     ("seal: a job that is complete does not end", "seal", "if end_if_complete(", "if false and end_if_complete("),
-    ("seal: the job is taken for known", "feed", "'HMGET', name, 'name', 'ended'", "'HMGET', name, 'id', 'ended'"),
+    (
+        "seal: the job is taken for known when it is fed",
+        "feed",
+        "'HMGET', name, 'name', 'ended'",
+        "'HMGET', name, 'id', 'ended'",
+    ),
+    (
+        "seal: the job is taken for known when it is made",
+        "create",
+        "job_key(id), 'name', name) ==",
+        "job_key(id), 'id', id) ==",
+    ),
 )
 
 
