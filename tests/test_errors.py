@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import redis
 from confluent_kafka import Consumer, TopicPartition
 from conftest import MakeCluster, RunScript
 
@@ -209,6 +210,13 @@ def test_client_with_another_secret_is_told_so_at_once(queue: Queue) -> None:
             use()
 
 
+def forget_secret(queue: Queue) -> None:
+    """As after a change of the secret, by someone who knows what lies in the queue."""
+    client = redis.Redis.from_url(queue._settings().redis)
+    client.delete(f"{{yadtq:{queue.name}}}:secret")
+    client.close()
+
+
 def test_worker_refuses_what_another_secret_signed_and_never_unpickles_it(
     make_cluster: MakeCluster, tmp_path: Any
 ) -> None:
@@ -220,11 +228,13 @@ def test_worker_refuses_what_another_secret_signed_and_never_unpickles_it(
         def __reduce__(self) -> Any:
             return open, (str(mark), "w")
 
-    with Queue(cluster.queue().name, config=msgspec.structs.replace(cluster.config, secret="another")) as wrong:
+    queue = cluster.queue()
+    forget_secret(queue)
+    with Queue(queue.name, config=msgspec.structs.replace(cluster.config, secret="another")) as wrong:
         job = wrong.map(divide, [Trap()], name="trapped")
         assert not job.wait(0.5)
+    forget_secret(queue)
     cluster.workers[0].start()
-    queue = cluster.queue()
     assert queue.map(divide, [1]).results(LIMIT) == [1.0]
     assert not mark.exists()
     assert "not signed with this queue's secret" in cluster.log("node-1") + _events(queue)
@@ -235,6 +245,7 @@ def test_client_with_another_secret_cannot_read_results(make_cluster: MakeCluste
     cluster = make_cluster(1)
     assert cluster.queue().map(divide, [1], name="secret").results(LIMIT) == [1.0]
     cluster.workers[0].stop()
+    forget_secret(cluster.queue())
     with Queue(cluster.queue().name, config=msgspec.structs.replace(cluster.config, secret="another")) as wrong:
         job = wrong.job("secret")
         for ask in (

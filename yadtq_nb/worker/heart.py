@@ -87,8 +87,10 @@ class Heart:
         Raises:
             WorkbenchError: Redis cannot be reached.
         """
+        # Asked before: a mark of before a restart in between must not be taken for one of after it.
+        run_id = self._bench.run_id()
         heard = self._bench.beat(self._info(), self._partitions, self._leases(), polls=self._polls())
-        self._heard(heard, self._due(heard.shares))
+        self._heard(heard, self._due(heard.shares, run_id))
 
     def reap(self, dead: str = "") -> None:
         """Return lapsed chunks to the line.
@@ -128,12 +130,12 @@ class Heart:
 
         return next_turn
 
-    def _due(self, shares: list[Share]) -> dict[int, Cursor]:
+    def _due(self, shares: list[Share], run_id: str) -> dict[int, Cursor]:
         """Return the marks that Redis has on disk by now, to be committed.
 
         A mark of before a restart of Redis says nothing: what it calls finished may be forgotten.
         """
-        now, run_id = time.monotonic(), self._bench.run_id()
+        now = time.monotonic()
         if run_id != self._run_id:
             self._run_id = run_id
             self._marks.clear()
