@@ -9,6 +9,7 @@ unpickled before it is verified. The kind is signed too, so that a result cannot
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import hashlib
 import hmac
@@ -16,6 +17,8 @@ import io
 import pickle
 import re
 import struct
+import sys
+from collections import ChainMap
 from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeAlias
 
@@ -131,8 +134,6 @@ def dumps(obj: object) -> list[Buffer]:
     Raises:
         Exception: whatever pickling raises.
     """
-    import cloudpickle
-
     buffers: list[memoryview] = []
 
     def keep_in_band(buffer: pickle.PickleBuffer) -> bool:
@@ -145,7 +146,9 @@ def dumps(obj: object) -> list[Buffer]:
         buffers.append(raw)
         return False
 
-    data: bytes = cloudpickle.dumps(obj, protocol=5, buffer_callback=keep_in_band)
+    with io.BytesIO() as file:
+        _pickler()(file, protocol=5, buffer_callback=keep_in_band).dump(obj)
+        data = file.getvalue()
     sizes = [len(data), *(buffer.nbytes for buffer in buffers)]
     head = struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes)
     parts: list[Buffer] = [head, data]
@@ -199,6 +202,58 @@ def loads_home(data: Buffer) -> Any:
 def sets_classes(pickled: Buffer) -> bool:
     """Tell whether unpickling sets the attributes of classes, which may be known by then."""
     return _SETS_CLASS.search(pickled) is not None
+
+
+def _pickler() -> Callable[..., pickle.Pickler]:
+    """Return cloudpickle's pickler, which takes more of a notebook along than it does by itself."""
+    spawned = sys.modules.get("__mp_main__")
+    if spawned is not None:
+        import cloudpickle
+
+        # multiprocessing's name for the script in a process that it has spawned: no worker can import it either.
+        cloudpickle.register_pickle_by_value(spawned)
+    return _pickler_class()
+
+
+@functools.cache
+def _pickler_class() -> type[pickle.Pickler]:
+    from cloudpickle import cloudpickle
+
+    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no types
+        # A table, and not reducer_override: pickle looks there anyway, so that it costs other objects nothing.
+        dispatch_table = ChainMap(
+            {
+                **cloudpickle.Pickler._dispatch_table,
+                functools._lru_cache_wrapper: _reduce_cached,
+                functools.cached_property: _reduce_cached_property,
+            },
+            copyreg.dispatch_table,
+        )
+
+    return Pickler
+
+
+def _reduce_cached(function: Any) -> Any:
+    """Take a function under functools.cache along, with an empty cache, unless it can be imported."""
+    from cloudpickle import cloudpickle
+
+    found = cloudpickle._lookup_module_and_qualname(function)
+    if found is not None and not cloudpickle._is_registered_pickle_by_value(found[0]):
+        return function.__reduce__()
+    # Given once more as state: when a function calls itself by its name, its cache is made before it is whole.
+    made_anew = ("__wrapped__", "cache_parameters")
+    state = {name: value for name, value in vars(function).items() if name not in made_anew}
+    return _cached, (function.cache_parameters(), function.__wrapped__), state
+
+
+def _cached(parameters: dict[str, Any], function: Callable[..., Any]) -> Any:
+    return functools.lru_cache(**parameters)(function)
+
+
+def _reduce_cached_property(found: functools.cached_property[Any]) -> Any:
+    # Before Python 3.12 it holds a lock.
+    state = {name: value for name, value in vars(found).items() if name not in ("func", "lock")}
+    return functools.cached_property, (found.func,), state
 
 
 class _HomeClasses:

@@ -121,6 +121,11 @@ def load(
     file, settings = _read_file()
     for name in _LOCAL_KEYS:
         settings.pop(name, None)
+    try:
+        # The file by itself: a misspelt key must not mean the local stack.
+        msgspec.convert({"kafka": "-", "redis": "-", "secret": "-", **settings}, Config)
+    except (msgspec.ValidationError, ConfigError) as exc:
+        raise ConfigError(f"{file or 'settings'}: {exc}") from exc
     given = {"kafka": kafka, "redis": redis, "secret": secret}
     for name, argument in given.items():
         value = argument or os.environ.get(f"YADTQ_{name.upper()}") or settings.get(name)
@@ -181,7 +186,10 @@ def idle_limit() -> float | None:
     """
     value = os.environ.get("YADTQ_IDLE") or _read_file()[1].get("idle", _IDLE)
     try:
-        return float(value) or None
+        idle = float(value)
+        if not idle >= 0:  # nor NaN
+            raise ValueError
+        return idle or None
     except (TypeError, ValueError) as exc:
         raise ConfigError(f"YADTQ_IDLE, or idle in {_FILE}, is {value!r}: give seconds, or 0 for never") from exc
 

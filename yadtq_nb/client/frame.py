@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from yadtq_nb.model import STATE_OF_CODE, CallStyle, State
+from yadtq_nb.model import STATE_OF_CODE, BrokenItem, CallStyle, State
 
 #: The columns that every frame has; an input or value column of such a name gets a suffix.
 META_COLUMNS: Final = ("state", "error", "worker", "started", "seconds", "attempt")
@@ -80,23 +80,33 @@ def build_frame(
 
 
 def _input_columns(items: Sequence[Any], style: CallStyle, parameters: Sequence[str]) -> Columns:
-    everywhere = np.ones(len(items), dtype=bool)
+    # A broken item is not there: it could not be sent, or cannot be read here.
+    there = np.fromiter((type(item) is not BrokenItem for item in items), dtype=bool, count=len(items))
     if style == "item":
-        found = _record_columns(items, everywhere)
+        found = _record_columns(items, there)
         if found is None:
-            return {"input": _column(items, everywhere)}
+            return {"input": _column(items, there)}
         return {f"input_{key}": column for key, column in found.items()}
     calls = [_by_parameter(item, style, parameters) for item in items]
-    return _record_columns(calls, everywhere) or {}
+    there = np.fromiter((call is not None for call in calls), dtype=bool, count=len(calls))
+    return _record_columns(calls, there) or ({"input": _column(calls, there)} if calls else {})
 
 
-def _by_parameter(item: Any, style: CallStyle, parameters: Sequence[str]) -> dict[str, Any]:
-    """Return the arguments of one call by name; those without a known name are input_0, input_1, ..."""
-    arguments, named = item if style == "call" else (item, {})
+def _by_parameter(item: Any, style: CallStyle, parameters: Sequence[str]) -> dict[str, Any] | None:
+    """Return the arguments of one call by name; those without a known name are input_0, input_1, ...
+
+    None where the item is no arguments, so that its task has failed.
+    """
+    if type(item) is BrokenItem:
+        return None
     known = len(parameters)
-    positional = {
-        parameters[place] if place < known else f"input_{place}": value for place, value in enumerate(arguments)
-    }
+    try:
+        arguments, named = item if style == "call" else (item, {})
+        positional = {
+            parameters[place] if place < known else f"input_{place}": value for place, value in enumerate(arguments)
+        }
+    except Exception:  # it cannot be iterated, or raises when it is
+        return None
     return {**positional, **named}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
@@ -110,7 +111,7 @@ class Job(Sequence[Future[Any]]):
         """Return the future of a task, or a list of them."""
         if isinstance(index, slice):
             return [self._future(i) for i in range(*index.indices(len(self)))]
-        total = self._known_total()
+        index, total = operator.index(index), self._known_total()
         if index < 0:
             index += len(self)
         if index < 0 or (total is not None and index >= total):
@@ -391,10 +392,10 @@ class Job(Sequence[Future[Any]]):
                 sealed = self._link.store.blob(f"{head.job}-{head.number}")
                 arguments = codec.unseal(self._link.key, codec.ARGUMENTS, sealed) if sealed else memoryview(b"")
             try:
-                found = codec.loads_home(arguments) if len(arguments) else [None] * head.count
+                found = codec.loads_home(arguments) if len(arguments) else None
             except Exception:  # whatever the user's objects do when they are unpickled here
-                found = [None] * head.count
-            items += (None if isinstance(item, BrokenItem) else item for item in found)
+                found = None
+            items += found or [BrokenItem(head.first + offset, "") for offset in range(head.count)]
         return items
 
     # How it looks.
@@ -423,10 +424,13 @@ class Job(Sequence[Future[Any]]):
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         """Return the HTML and text forms, for hosts that do not ask for _ipython_display_."""
-        from yadtq_nb.notebook.markup import static_bundle
+        from yadtq_nb.notebook.markup import line_bundle, static_bundle
         from yadtq_nb.notebook.snapshot import snapshot
 
-        return static_bundle(snapshot(self))
+        try:
+            return static_bundle(snapshot(self))
+        except YadtqError as exc:
+            return line_bundle(f"<Job {self.name!r}: {exc}>")
 
     def error_lines(self, limit: int) -> list[str]:
         """Return a line for each of the first failures; asks the queue for them once, when there are any."""

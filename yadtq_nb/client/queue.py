@@ -191,6 +191,8 @@ class Queue:
         chosen: JobOptions,
     ) -> Job:
         _check_call(fn)
+        if kwargs is not None and not isinstance(kwargs, Mapping):
+            raise TypeError(f"kwargs must be a mapping of keyword arguments, not {kwargs!r}")
         # A copy, so that what the caller does to the list afterwards changes nothing.
         items = list(iterable) if isinstance(iterable, Sized) else iter(iterable)
         total = len(items) if isinstance(items, list) else None
@@ -218,6 +220,8 @@ class Queue:
         """
         from yadtq_nb.client.job import attach
 
+        if not isinstance(name_or_id, str):
+            raise TypeError(f"a job is asked for by its name or id, a string, not {name_or_id!r}")
         link = self._link()
         found = patiently(lambda: link.store.find(name_or_id), PATIENCE)
         record = patiently(lambda: link.store.record(found), PATIENCE) if found else None

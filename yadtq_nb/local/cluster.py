@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import secrets
 import shutil
@@ -97,6 +98,10 @@ class LocalCluster:
         timeout: float = 30.0,
     ) -> None:
         servers.check_platform()
+        if slots is not None and operator.index(slots) < 1:
+            raise ValueError(f"slots must be at least 1, or None for one a core, not {slots!r}")
+        if operator.index(workers) < 0:
+            raise ValueError(f"workers must not be negative, not {workers!r}")
         if (kafka is None) != (redis is None):
             raise LocalStackError("LocalCluster takes kafka and redis both, or neither")
         self._timeout = timeout

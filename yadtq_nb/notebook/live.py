@@ -24,7 +24,7 @@ from typing import Any, Final
 
 from yadtq_nb.errors import YadtqError
 from yadtq_nb.notebook.card import Card, live_bundle, parts
-from yadtq_nb.notebook.markup import static_bundle
+from yadtq_nb.notebook.markup import line_bundle, static_bundle
 from yadtq_nb.notebook.snapshot import JobLike, Snapshot, plain, snapshot
 
 #: Seconds between two looks at the job.
@@ -48,7 +48,11 @@ def display_job(job: JobLike, earlier: LiveCard | None = None) -> LiveCard | Non
     Returns:
         The live card, or None when there is nothing to keep up to date: the job has ended, or this is a terminal.
     """
-    shown = snapshot(job)
+    try:
+        shown = snapshot(job)
+    except YadtqError as exc:  # its servers are gone
+        _publish(line_bundle(f"<Job {job.name!r}: {exc}>"), {}, uuid.uuid4().hex)
+        return earlier
     if shown["ended"] or not _in_kernel():
         _publish(static_bundle(shown), {}, uuid.uuid4().hex)
         return None

@@ -8,6 +8,7 @@ notebooks lose style sheets; so the card does not jump when the static form take
 from __future__ import annotations
 
 import functools
+import html
 import re
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,6 +48,11 @@ def static_bundle(shown: Snapshot) -> dict[str, str]:
     return {"text/html": as_html(shown), "text/plain": as_text(shown)}
 
 
+def line_bundle(line: str) -> dict[str, str]:
+    """Return both forms of a single line: what is said where a job cannot be asked."""
+    return {"text/html": f"<pre>{html.escape(line)}</pre>", "text/plain": line}
+
+
 def _head(root: Element, shown: Snapshot) -> None:
     head = _element(root, "div", "head")
     _element(head, "span", "name", shown["name"]).set("title", f"job {shown['id']}")
@@ -58,7 +64,7 @@ def _head(root: Element, shown: Snapshot) -> None:
 def _bar(root: Element, shown: Snapshot) -> None:
     bar = _element(root, "div", "bar")
     bar.set("role", "img")
-    bar.set("aria-label", ", ".join(f"{count:,} {kind}" for kind, count in words.segments(shown)))
+    bar.set("aria-label", ", ".join(f"{count:,} {kind}" for kind, count in words.segments(shown)) or "no tasks")
     found = words.segments(shown)
     tasks = sum(count for _, count in found)
     for kind, count in found:

@@ -29,7 +29,7 @@ def bar(shown: Snapshot) -> str:
     found = words.segments(shown)
     tasks = sum(count for _, count in found)
     if not tasks:
-        return _GLYPHS["succeeded" if shown["ended"] else "queued"] * _WIDTH
+        return _GLYPHS["succeeded" if shown["state"] == "succeeded" else "queued"] * _WIDTH
     blocks = {kind: max(1, count * _WIDTH // tasks) for kind, count in found}
     # What rounding has left over, or taken too much, goes to the widest segment, where it shows least.
     widest = max(blocks, key=lambda kind: blocks[kind])
