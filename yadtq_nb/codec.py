@@ -18,6 +18,7 @@ import pickle
 import re
 import struct
 import sys
+import types
 from collections import ChainMap
 from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeAlias
@@ -226,11 +227,20 @@ def _pickler_class() -> type[pickle.Pickler]:
                 **cloudpickle.Pickler._dispatch_table,
                 functools._lru_cache_wrapper: _reduce_cached,
                 functools.cached_property: _reduce_cached_property,
+                types.CodeType: _reduce_code,
             },
             copyreg.dispatch_table,
         )
 
     return Pickler
+
+
+def _reduce_code(code: types.CodeType) -> Any:
+    """Take the name of its file along, which cloudpickle 3.1.3 leaves out: tracebacks show lines by it."""
+    from cloudpickle import cloudpickle
+
+    make, args = cloudpickle._code_reduce(code)
+    return make, tuple(code.co_filename if type(arg) is str and arg == "<dynamic-code>" else arg for arg in args)
 
 
 def _reduce_cached(function: Any) -> Any:
