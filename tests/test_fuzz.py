@@ -210,6 +210,16 @@ def test_mutated_framing_of_pickles_raises_declared_errors_only() -> None:
             pytest.fail(f"framing {number} of seed {SEED} raised {exc!r}: {data[:64]!r}")
 
 
+def test_pickle_that_is_cut_short_anywhere_is_refused() -> None:
+    import numpy as np
+
+    # Of odd lengths, so that there is padding between them.
+    whole = b"".join(codec.dumps([np.zeros(5_001, dtype=np.uint8), np.zeros(5_003, dtype=np.uint8)]))
+    for end in [*range(200), *range(len(whole) - 200, len(whole))]:
+        with pytest.raises(CodecError, match="cut short"):
+            codec._parts(whole[:end])
+
+
 WRONG: Final = [
     {"job": "a\0b"},
     {"job": ""},
