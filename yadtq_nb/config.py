@@ -121,6 +121,8 @@ def load(
     file, settings = _read_file()
     for name in _LOCAL_KEYS:
         settings.pop(name, None)
+    for name in ("kafka_options", "redis_options"):
+        _table(file, settings, name)
     try:
         # The file by itself: a misspelt key must not mean the local stack.
         msgspec.convert({"kafka": "-", "redis": "-", "secret": "-", **settings}, Config)
