@@ -84,6 +84,11 @@ local function wait_until(id, due)
   redis.call('ZADD', key('delayed'), due, id)
 end
 
+local function put_in_front(id, chunk)
+  redis.call('LPUSH', key('ready'), id)
+  redis.call('INCRBY', key('ready_bytes'), chunk.size)
+end
+
 -- Back to the front of the line: it has waited already. One whose tasks all wait for their next attempt waits aside.
 local function put_back(id, chunk, now)
   revoke(id, chunk)
@@ -92,8 +97,7 @@ local function put_back(id, chunk, now)
   if due > now then
     wait_until(id, due)
   else
-    redis.call('LPUSH', key('ready'), id)
-    redis.call('INCRBY', key('ready_bytes'), chunk.size)
+    put_in_front(id, chunk)
   end
 end
 
@@ -105,8 +109,7 @@ local function wake_delayed(now)
     redis.call('ZREM', key('delayed'), id)
     local chunk = read_chunk(id)
     if chunk and not chunk.owner then
-      redis.call('LPUSH', key('ready'), id)
-      redis.call('INCRBY', key('ready_bytes'), chunk.size)
+      put_in_front(id, chunk)
     end
   end
   return #woken
@@ -126,13 +129,18 @@ local function tell(job, ...)
   redis.call('XADD', key('news'), 'MAXLEN', '~', 8192, '*', 'q', seq, 'j', job, ...)
 end
 
+-- All keys of a job live for so many seconds from now.
+local function expire_job(job, seconds)
+  for _, part in ipairs({'in', 'out', 'finished', 'failed', 'dropped', 'spans'}) do
+    redis.call('EXPIRE', job_key(job, part), seconds)
+  end
+  redis.call('EXPIRE', job_key(job), seconds)
+end
+
 local function end_job(job, now, keep)
   local name = job_key(job)
   redis.call('HSET', name, 'ended', string.format('%.6f', now))
-  for _, part in ipairs({'in', 'out', 'finished', 'failed', 'dropped', 'spans'}) do
-    redis.call('EXPIRE', job_key(job, part), keep)
-  end
-  redis.call('EXPIRE', name, keep)
+  expire_job(job, keep)
   redis.call('ZREM', key('deadlines'), job)
   redis.call('SREM', key('sealed'), job)
   local called = redis.call('HGET', name, 'name')

@@ -6,8 +6,5 @@ if redis.call('HGET', name, 'cancel') ~= 'lost' then
   return 0
 end
 redis.call('HDEL', name, 'cancel', 'lost', 'ended')
-redis.call('EXPIRE', name, keep * 4)
-for _, part in ipairs({'in', 'out', 'finished', 'failed', 'dropped', 'spans'}) do
-  redis.call('EXPIRE', job_key(ARGV[1], part), keep * 4)
-end
+expire_job(ARGV[1], keep * 4)
 return 1
