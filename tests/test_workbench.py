@@ -37,6 +37,10 @@ class Bench:
             self.nodes[name] = Workbench(self.config, self.queue, name)
         return self.nodes[name]
 
+    def wipe(self) -> None:
+        keys = self.store._redis.client.keys(self.store._redis.key("*"))
+        self.store._redis.client.delete(*keys)
+
     def beat(self, name: str, *leases: Lease, polls: bool = False, partitions: int = 4) -> list[Share]:
         info = WorkerInfo(name, "host", 1, 2, 0, 0, 0.0, "3.11")
         held = [(lease, 0) for lease in leases]
@@ -47,6 +51,8 @@ class Bench:
         return self.node(name).beat(info, 4, [(lease, 0) for lease in leases], polls=False).lost
 
     def start(self, partition: int = 0) -> None:
+        self.node("a").begin_restore()
+        self.node("a").end_restore()
         self.node("a").init(partition, None, Cursor(TOPIC, 0))
 
     def head(self, number: int, count: int = 1, job: str = "job") -> ChunkHead:
@@ -143,6 +149,22 @@ def test_cursor_is_set_once_and_replaced_only_by_who_has_seen_it(bench: Bench) -
     assert bench.node("a").init(0, None, Cursor(TOPIC, 7)) == seen
     assert bench.node("a").init(0, seen, Cursor("topic-2", 0)) == Cursor("topic-2", 0)
     assert bench.node("b").init(0, seen, Cursor("topic-3", 0)) == Cursor("topic-2", 0)
+
+
+def test_no_cursor_is_set_before_the_jobs_are_known(bench: Bench) -> None:
+    bench.wipe()
+    a, b, start = bench.node("a"), bench.node("b"), Cursor(TOPIC, 0)
+    assert a.init(0, None, start) is None
+    assert not a.begin_restore()
+    assert b.init(0, None, start) is None, "not yet"
+    bench.wipe()
+    assert not a.end_restore(), "what it has replayed is gone again"
+    assert a.init(0, None, start) is None
+    assert not a.begin_restore()
+    assert not b.begin_restore(), "two may replay at once"
+    assert b.end_restore()
+    assert a.begin_restore(), "no need to"
+    assert a.init(0, None, start) == start
 
 
 def test_one_refused_batch_does_not_hold_up_the_others(bench: Bench) -> None:

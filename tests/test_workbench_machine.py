@@ -132,7 +132,8 @@ def observe(store: Store) -> dict[str, Any]:
     pipe.time().hgetall(key("cursor")).hgetall(key("open")).lrange(key("ready"), 0, -1).get(key("ready_bytes"))
     pipe.zrange(key("leases"), 0, -1, withscores=True).hgetall(key("at"))
     pipe.zrange(key("beats"), 0, -1, withscores=True).smembers(key("feeders")).smembers(key("dead"))
-    (now, _), cursor, packed, ready, ready_bytes, leases, at, beats, feeders, dead = pipe.execute()
+    pipe.hkeys(key("restored"))
+    (now, _), cursor, packed, ready, ready_bytes, leases, at, beats, feeders, dead, restored = pipe.execute()
     open = {id.decode(): msgspec.msgpack.decode(chunk) for id, chunk in packed.items()}
     assert int(ready_bytes or 0) == sum(open[id.decode()]["size"] for id in ready if id.decode() in open)
     temporary = [name for name in names if name.startswith((key("job:"), key("name:")))]
@@ -175,6 +176,7 @@ def observe(store: Store) -> dict[str, Any]:
         "beats": {node.decode(): steps(beat - now) for node, beat in beats},
         "feeders": {node.decode() for node in feeders},
         "dead": {node.decode() for node in dead},
+        "restored": {name.decode().removeprefix("by:") for name in restored},
         "jobs": {
             name.rpartition(":")[2]: (
                 *(int(job.get(part, 0)) for part in COUNTS),
@@ -212,6 +214,7 @@ class Node:
         #: Partition -> the cursor that was seen to be missing or of another topic, and what is to replace it.
         self.seen: dict[int, tuple[Cursor | None, Cursor]] = {}
         self.held: dict[str, Lease] = {}
+        self.replays = False
 
 
 class Machine(RuleBasedStateMachine):
@@ -300,25 +303,54 @@ class Machine(RuleBasedStateMachine):
 
     # The feeder.
 
-    @rule(node=NODE, partition=PARTITION, at_topic=st.booleans())
-    def look(self, node: int, partition: int, at_topic: bool) -> None:
+    @rule(node=NODE, partition=PARTITION, at_topic=st.booleans(), replays=st.booleans())
+    def look(self, node: int, partition: int, at_topic: bool, replays: bool) -> None:
         if at_topic:
             self.turn_to_topic(self.nodes[node])
-        self.find(self.nodes[node], partition)
+        self.find(self.nodes[node], partition, replays)
 
-    def find(self, node: Node, partition: int) -> None:
+    def find(self, node: Node, partition: int, replays: bool = True) -> None:
         """Go to the cursor, or make up one that is to be set: Feeder._find up to its init."""
         cursor = self.store.bench(node.name).cursor(partition)
         if cursor is not None and cursor.topic_id == node.topic:
             node.positions[partition] = cursor.offset
             return
-        if cursor is None and self.created:
-            self.create("ok")
-            if self.sealed:
-                self.seal("ok")
+        if cursor is None and replays:
+            self.replay(node)
         committed = self.committed.get(partition)
         offset = committed.offset if committed is not None and committed.topic_id == node.topic else 0
         node.seen[partition] = (cursor, Cursor(node.topic, offset))
+
+    def replay(self, node: Node) -> None:
+        self.begin_restore(node, "ok")
+        if self.created:
+            self.create("ok")
+        if self.sealed:
+            self.seal("ok")
+        self.end_restore(node, "ok")
+
+    @rule(node=NODE, fate=FATES, ends=st.booleans())
+    def restore(self, node: int, fate: str, ends: bool) -> None:
+        """Begin to replay, or end, when it was begun: what has happened in between may have taken it away again."""
+        it = self.nodes[node]
+        if not ends:
+            self.begin_restore(it, fate)
+        elif it.replays:
+            if self.created:
+                self.create("ok")
+            if self.sealed:
+                self.seal("ok")
+            self.end_restore(it, fate)
+
+    def begin_restore(self, node: Node, fate: str) -> None:
+        node.replays = True
+        self.both(
+            fate, lambda: self.store.bench(node.name).begin_restore(), lambda: self.model.begin_restore(node.name)
+        )
+
+    def end_restore(self, node: Node, fate: str) -> None:
+        node.replays = False
+        self.both(fate, lambda: self.store.bench(node.name).end_restore(), lambda: self.model.end_restore(node.name))
 
     def turn_to_topic(self, node: Node) -> None:
         if node.topic != self.topic:

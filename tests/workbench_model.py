@@ -54,6 +54,9 @@ class Model:
         self.beats: dict[str, float] = {}
         self.feeders: set[str] = set()
         self.dead: set[str] = set()
+        #: Nodes that replay the jobs topic, and whether one has done so.
+        self.replaying: set[str] = set()
+        self.restored = False
 
     # Verbs.
 
@@ -168,9 +171,18 @@ class Model:
         return lapsed
 
     def init(self, partition: int, seen: Cursor | None, cursor: Cursor) -> Cursor | None:
-        if self.cursor.get(partition) == seen:
+        if self.cursor.get(partition) == seen and (seen is not None or self.restored):
             self.cursor[partition] = cursor
         return self.cursor.get(partition)
+
+    def begin_restore(self, node: str) -> bool:
+        self.replaying.add(node)
+        return self.restored
+
+    def end_restore(self, node: str) -> bool:
+        self.restored |= node in self.replaying
+        self.replaying.discard(node)
+        return self.restored
 
     def create(self, job: str) -> str:
         self.jobs.setdefault(job, Job()).named = True
@@ -241,6 +253,7 @@ class Model:
             "beats": {node: steps(beat - self.now) for node, beat in self.beats.items()},
             "feeders": self.feeders,
             "dead": self.dead,
+            "restored": self.replaying | {"done"} if self.restored else self.replaying,
             "jobs": {
                 id: (
                     job.fed,

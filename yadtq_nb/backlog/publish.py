@@ -269,13 +269,21 @@ class Publisher:
     def _hear(self) -> None:
         while not self._closing.is_set():
             try:
-                self._producer.poll(0.2)
-            except KafkaException:
+                self._hear_once()
+            except Exception:  # a defect of ours: without this thread, whoever waits for Kafka waits for ever
+                log.exception("the publisher goes on")
                 self._broken.set()
-            if self._unsafe and time.monotonic() - self._fed_seen_at > (_LOOK_WAKE if self._forgets else _LOOK_POLL):
-                self._look_what_is_fed()
-            if self._broken.is_set():
-                self._renew()
+                self._closing.wait(_PAUSE)
+
+    def _hear_once(self) -> None:
+        try:
+            self._producer.poll(0.2)
+        except KafkaException:
+            self._broken.set()
+        if self._unsafe and time.monotonic() - self._fed_seen_at > (_LOOK_WAKE if self._forgets else _LOOK_POLL):
+            self._look_what_is_fed()
+        if self._broken.is_set():
+            self._renew()
 
     def _look_what_is_fed(self) -> None:
         """Let go of what has reached the workbench, and send again what the broker has forgotten before that."""
@@ -283,16 +291,14 @@ class Publisher:
         self._fed_seen_at, seen = time.monotonic(), len(self._unsafe)
         try:
             fed = self._fed()
+            held = [letter for letter in self._unsafe[:seen] if not _is_fed(letter, fed)]
+            doubtful = [letter for letter in held if _is_of_another_life(letter, fed)]
+            # Either side may be behind: the broker tells which life of the topic it is.
+            present = self._topics.ensure().id if doubtful else ""
         except YadtqError as exc:
             log.warning("cannot see what is fed: %s", exc)
             return
-        held = [letter for letter in self._unsafe[:seen] if not _is_fed(letter, fed)]
-        doubtful = [letter for letter in held if _is_of_another_life(letter, fed)]
-        forgotten = []
-        if doubtful:
-            # Either side may be behind: the broker tells which life of the topic it is.
-            present = self._topics.ensure().id
-            forgotten = [letter for letter in doubtful if letter.place[0] != present]
+        forgotten = [letter for letter in doubtful if letter.place[0] != present]
         with self._empty:
             # What was acknowledged meanwhile has come behind those that were looked at.
             gone = set(map(id, forgotten))

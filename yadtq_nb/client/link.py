@@ -133,6 +133,7 @@ class Link:
         if total == 0:
             seal = Seal(packet.job, 0)
             self.mailer.send_entry(seal)
+            self.mailer.flush()
             patiently(lambda: self.store.seal(seal), PATIENCE)
             board.end()
             return job
@@ -233,6 +234,7 @@ class Link:
             places = {f"{self.mailer.topic_id}/{partition}": end for partition, end in ends.items()}
             seal = Seal(job, known.total, places)
             self.mailer.send_entry(seal)
+            self.mailer.flush()
             patiently(lambda: self.store.seal(seal), PATIENCE)
         return count
 

@@ -398,9 +398,11 @@ class Sender:
         ends = {f"{self._mailer.topic_id}/{partition}": end for partition, end in self._ends.items()}
         seal = Seal(self._packet.job, self._sent, ends)
         self._mailer.send_entry(seal)
+        # Before the workbench knows: one that is emptied right then must find it in Kafka.
+        if not self._mailer.flush():
+            raise BacklogError("Kafka has not taken the end of the job in time; is the broker up?")
         patiently(lambda: self._store.seal(seal), _PATIENCE)
         patiently(lambda: self._store.stop_sending(self._packet.job), _PATIENCE)
-        self._mailer.flush()
 
 
 def _pickle_items(items: Sequence[Any], first: int) -> list[codec.Buffer]:

@@ -307,12 +307,27 @@ class Workbench:
         ]
 
     def init(self, partition: int, seen: Cursor | None, cursor: Cursor) -> Cursor | None:
-        """Set a cursor if it still is the one that was seen; returns the one that holds now.
+        """Set a cursor if it still is the one that was seen.
+
+        Returns:
+            The one that holds now, or None when the workbench is empty: the jobs topic must be replayed first.
 
         Raises:
             WorkbenchError: Redis cannot be reached.
         """
         return Cursor.parse(self._redis.call("init", partition, str(seen or ""), str(cursor)))
+
+    def begin_restore(self) -> bool:
+        """Note that this node begins to replay the jobs topic. True when that was done by now."""
+        return bool(self._redis.call("restore", self._node, "begin"))
+
+    def end_restore(self) -> bool:
+        """Note that this node has replayed it. False when the workbench was emptied meanwhile: begin again.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached.
+        """
+        return bool(self._redis.call("restore", self._node, "end"))
 
     def cursor(self, partition: int) -> Cursor | None:
         """Return where the queue is in a partition, or None while that is not set."""

@@ -20,7 +20,7 @@ from yadtq_nb.config import Config
 from yadtq_nb.errors import WorkbenchError, WorkbenchFullError, WorkbenchRefusedError
 
 VERBS: Final = (
-    *("feed", "take", "finish", "release", "retry", "mark", "beat", "reap", "init"),
+    *("feed", "take", "finish", "release", "retry", "mark", "beat", "reap", "init", "restore"),
     *("create", "seal", "cancel", "drop", "reopen", "withdraw"),
 )
 

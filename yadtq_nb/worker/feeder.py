@@ -36,8 +36,6 @@ _SLOW_POLL: Final = 5.0
 #: Seconds between looks at the topic, on a broker that forgets it when it restarts, and on others.
 _LOOK_WAKE: Final = 1.0
 _LOOK_POLL: Final = 10.0
-#: Seconds for which a replay of the jobs topic holds.
-_RESTORED: Final = 1.0
 #: Records of a partition past which a broker in memory is relieved of them.
 _LONG: Final = 500
 #: Seconds without a record that are enough to do so, also between the tasks of someone who sends one after another.
@@ -89,7 +87,6 @@ class Feeder:
         self._bench = workbench
         self._queue = queue
         self._reader = Reader(config, queue, topic)
-        self._restored_at = float("-inf")
         self._long_seen_at = float("-inf")
         self._topics = Topics(config, queue)
         self._topic_seen_at = time.monotonic()
@@ -226,20 +223,15 @@ class Feeder:
         """Return where to read a partition: at its cursor, which is set if it is missing or of another topic."""
         if cursor is not None and cursor.topic_id == self._topic.id:
             return cursor.offset
-        if cursor is None:
-            # What a wiped workbench must know comes before its chunks: a cancelled job must not come back to life.
-            self._restore_once()
         offset = self._reader.committed(partition)
         if offset is None:
             offset = self._reader.log_start(partition)
-        now = self._bench.init(partition, cursor, Cursor(self._topic.id, offset))
-        return now.offset if now is not None and now.topic_id == self._topic.id else offset
-
-    def _restore_once(self) -> None:
-        """Replay the jobs topic, but not for each of the partitions that lack a cursor."""
-        if time.monotonic() - self._restored_at > _RESTORED:
-            self._restore()
-            self._restored_at = time.monotonic()
+        while (now := self._bench.init(partition, cursor, Cursor(self._topic.id, offset))) is None:
+            # What a wiped workbench must know comes before its chunks: a cancelled job must not come back to life.
+            if not self._bench.begin_restore():
+                self._restore()
+                self._bench.end_restore()
+        return now.offset if now.topic_id == self._topic.id else offset
 
     # Waiting and reading.
 
