@@ -110,6 +110,8 @@ class Publisher:
         self._fed = fed
         self._forgets = config.reading == "wake"
         self._fed_seen_at = 0.0
+        #: Partition -> where the next record of this life of the topic lies at least, on a broker that forgets.
+        self._floor: dict[int, int] = {}
         self._broken = threading.Event()
         self._closing = threading.Event()
         self._topics = Topics(config, queue)
@@ -191,10 +193,10 @@ class Publisher:
         producer = self._producer
 
         def on_delivery(error: KafkaError | None, message: Message) -> None:
-            if error is None:
-                self._settle(letter, None, message.partition() or 0, message.offset() or 0)
-            elif producer is not self._producer:
+            if producer is not self._producer:
                 return  # the word of a producer that was given up; its successor has sent the record again
+            if error is None:
+                self._take_note(letter, message.partition() or 0, message.offset() or 0)
             elif error.code() == KafkaError.MSG_SIZE_TOO_LARGE or time.monotonic() > letter.deadline:
                 self._settle(letter, BacklogError(f"Kafka at {self._config.kafka} did not take it: {error.str()}"))
             else:
@@ -217,6 +219,16 @@ class Publisher:
                 self._broken.set()
             raise
 
+    def _take_note(self, letter: _Letter, partition: int, offset: int) -> None:
+        """The broker says where it has put a record."""
+        if self._is_to_be_held(letter) and self._forgets:
+            if offset < self._floor.get(partition, 0):
+                # There lies another one, in the life of the topic that is known here: so this is the next one.
+                self._broken.set()
+                return
+            self._floor[partition] = offset + 1
+        self._settle(letter, None, partition, offset)
+
     def _settle(self, letter: _Letter, error: BacklogError | None, partition: int = 0, offset: int = 0) -> None:
         with self._empty:
             if self._letters.pop(id(letter), None) is None:
@@ -231,7 +243,7 @@ class Publisher:
             letter.acknowledged(error, partition, offset)
 
     def _is_to_be_held(self, letter: _Letter) -> bool:
-        if self._fed is None or letter.to_jobs:
+        if self._fed is None or letter.key is not None:
             return False
         return self._forgets or self._unsafe_bytes < _HELD
 
@@ -243,6 +255,8 @@ class Publisher:
 
     def _start(self, topic: Topic) -> None:
         self._topic = topic
+        if self._forgets and self._fed is not None:
+            self._floor = {p: cursor.offset for p, cursor in self._fed().items() if cursor.topic_id == topic.id}
         self._partitions = itertools.cycle(range(topic.partitions))
         with translate_kafka_errors(self._config):
             self._producer = Producer(
@@ -316,8 +330,8 @@ class Publisher:
         self._give_up_late()
         try:
             self._start(self._topics.ensure())
-        except BacklogError as exc:
-            log.warning("Kafka is away: %s", exc)
+        except YadtqError as exc:
+            log.warning("Kafka or Redis is away: %s", exc)
             self._closing.wait(_PAUSE)
             return
         self._broken.clear()
