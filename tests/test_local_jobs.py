@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from yadtq_nb import LocalCluster, Queue
+from yadtq_nb.backlog.connection import Topics
 from yadtq_nb.local.home import Home
 from yadtq_nb.local.stack import Stack
 
@@ -85,3 +86,19 @@ def test_what_the_broker_in_memory_forgets_before_it_is_fed_is_sent_again() -> N
         cluster.restart_broker()
         cluster.workers[0].start()
         assert job.results(60) == list(range(50))
+
+
+def test_what_lies_in_the_next_life_of_the_topic_is_not_taken_for_what_was_fed_in_the_last() -> None:
+    with LocalCluster(slots=1, workers=1) as cluster, cluster.queue() as queue:
+        assert [queue.submit(abs, -n).result(30) for n in range(12)] == list(range(12))
+        cluster.workers[0].stop()
+        topics = Topics(cluster.config, queue.name)
+        topics.delete()
+        topics.ensure()
+        futures = [queue.submit(abs, -n) for n in range(12)]
+        publisher = queue._link()._publisher
+        assert publisher.flush(30), "the broker has them, at offsets that were fed long ago in the life before"
+        assert not publisher.settle(0.5), "and nobody has fed them"
+        topics.delete()
+        cluster.workers[0].start()
+        assert [future.result(30) for future in futures] == list(range(12))
