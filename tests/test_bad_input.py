@@ -306,7 +306,7 @@ def test_function_that_redis_has_lost_is_found_on_the_jobs_topic(cluster: LocalC
     cluster.workers[0].stop()
     job = queue.map(lambda x: len(blob) + x, [1], name="lost")
     blobs = wait_for(lambda: redis.keys(f"{{yadtq:{queue.name}}}:blob:*") or None)
-    queue._link()._publisher.flush(10)
+    queue._link().publisher().flush(10)
     redis.delete(*blobs)
     cluster.workers[0].start()
     assert job.results(LIMIT) == [40_001]

@@ -81,7 +81,7 @@ def test_what_the_broker_in_memory_forgets_before_it_is_fed_is_sent_again() -> N
         while not (record := link.store.record(job.id)) or not record.sealed:
             assert time.monotonic() < deadline, "the broker has everything"
             time.sleep(0.02)
-        assert not link._publisher.settle(0), "and nobody has fed it"
+        assert not link.publisher().settle(0), "and nobody has fed it"
         cluster.kill_broker()
         cluster.restart_broker()
         cluster.workers[0].start()
@@ -96,7 +96,7 @@ def test_what_lies_in_the_next_life_of_the_topic_is_not_taken_for_what_was_fed_i
         topics.delete()
         topics.ensure()
         futures = [queue.submit(abs, -n) for n in range(12)]
-        publisher = queue._link()._publisher
+        publisher = queue._link().publisher()
         assert publisher.flush(30), "the broker has them, at offsets that were fed long ago in the life before"
         assert not publisher.settle(0.5), "and nobody has fed them"
         topics.delete()

@@ -196,7 +196,7 @@ def test_full_producer_queue_waits_for_the_broker(servers: stacks.Servers, make_
         try:
             job = queue.map(traced, range(COUNT), kwargs={"audit": str(audit)}, chunksize=2)
             time.sleep(2.0)
-            assert len(queue._link()._publisher._producer) >= 20
+            assert len(queue._link().publisher()._producer) >= 20
         finally:
             os.kill(servers.broker.pid, signal.SIGCONT)
         check(job, audit, again=0)
@@ -215,7 +215,7 @@ def test_tasks_topic_that_is_deleted_is_made_again_and_filled_again(
         if node == "is-away":
             cluster.workers[0].stop()
         admin = AdminClient({"bootstrap.servers": servers.config.kafka})
-        topic = tasks_topic(queue.name)
+        topic = tasks_topic(queue.name, "normal")
         admin.delete_topics([topic])[topic].result(20)
         if node == "is-away":
             cluster.workers[0].start()

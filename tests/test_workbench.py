@@ -44,11 +44,11 @@ class Bench:
     def beat(self, name: str, *leases: Lease, polls: bool = False, partitions: int = 4) -> list[Share]:
         info = WorkerInfo(name, "host", 1, 2, 0, 0, 0.0, "3.11")
         held = [(lease, 0) for lease in leases]
-        return self.node(name).beat(info, partitions, held, polls=polls).shares
+        return self.node(name).beat(info, {"normal": (partitions, polls)}, held).shares
 
     def lost(self, name: str, *leases: Lease) -> list[str]:
         info = WorkerInfo(name, "host", 1, 2, 0, 0, 0.0, "3.11")
-        return self.node(name).beat(info, 4, [(lease, 0) for lease in leases], polls=False).lost
+        return self.node(name).beat(info, {}, [(lease, 0) for lease in leases]).lost
 
     def start(self, partition: int = 0) -> None:
         self.node("a").begin_restore()
@@ -425,7 +425,7 @@ def test_name_is_given_to_the_first_job_that_claims_it(bench: Bench) -> None:
 def test_secret_that_differs_from_that_of_living_workers_is_told_on_connecting(bench: Bench) -> None:
     bench.store.check_secret()
     info = WorkerInfo("a", "host", 1, 2, 0, 0, 0.0, "3.11", secret=codec.fingerprint(b"another"))
-    bench.node("a").beat(info, 4, [], polls=False)
+    bench.node("a").beat(info, {}, [])
     with pytest.raises(SignatureError, match="YADTQ_SECRET"):
         bench.store.check_secret()
     wait_until(lambda: bench.store.workers()[0].status == "lost")

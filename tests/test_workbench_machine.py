@@ -496,7 +496,7 @@ class Machine(RuleBasedStateMachine):
         named = [(lease, offset) for lease in node.held.values()]
         heard = self.both(
             fate,
-            lambda: self.store.bench(node.name).beat(info, PARTITIONS, named, polls=polls),
+            lambda: self.store.bench(node.name).beat(info, {"normal": (PARTITIONS, polls)}, named),
             lambda: (self.model.beat(node.name, named, polls), len(self.model.ready)),
             lambda heard: (heard.lost, heard.ready),
         )

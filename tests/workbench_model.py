@@ -64,6 +64,7 @@ class Model:
         if not self.is_live(node):
             return "refused"
         replies, leases = [], []
+        free = 0 if self.ready else free
         for batch in batches:
             cursor = self.cursor.get(batch.partition)
             status = "fed"

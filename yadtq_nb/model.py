@@ -7,7 +7,7 @@ import random
 import secrets
 import time
 from array import array
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
@@ -52,6 +52,14 @@ class JobState(enum.StrEnum):
 #: How a task's item is given to its function.
 #: "item": fn(item); "star": fn(*item); "call": fn(*item[0], **item[1]).
 CallStyle = Literal["item", "star", "call"]
+
+
+#: A way of its own from Kafka to the slots: for a job's priority, or for jobs that tasks have sent and may wait for.
+Lane = Literal["nested", "high", "normal", "low"]
+#: In the order in which they are served.
+LANES: tuple[Lane, ...] = get_args(Lane)
+#: What a user may ask for.
+Priority = Literal["high", "normal", "low"]
 
 
 class Environment(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
@@ -129,6 +137,8 @@ class ChunkHead(msgspec.Struct, frozen=True, array_like=True):
     #: True when the arguments lie in the workbench and not in this record.
     by_reference: bool = False
     policy: Policy = Policy()
+    #: 0 for a job that was not sent by a task, else one more than that of the task's own job.
+    depth: int = 0
 
     @property
     def id(self) -> str:
@@ -165,6 +175,7 @@ class Manifest(msgspec.Struct, frozen=True):
     parameters: tuple[str, ...] = ()
     #: When the job is ended, whatever of it is done, in seconds since the epoch by the workbench's clock; 0 for never.
     deadline: float = 0.0
+    lane: Lane = "normal"
 
 
 class Seal(msgspec.Struct, frozen=True):

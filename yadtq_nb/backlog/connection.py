@@ -16,6 +16,7 @@ from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec  # type: ign
 
 from yadtq_nb.config import Config
 from yadtq_nb.errors import BacklogError
+from yadtq_nb.model import LANES, Lane
 
 _T = TypeVar("_T")
 
@@ -77,9 +78,9 @@ def settings(config: Config, **more: Any) -> dict[str, Any]:
     return {"bootstrap.servers": config.kafka, **quiet, **more, **config.kafka_options}
 
 
-def tasks_topic(queue: str) -> str:
-    """Chunks that wait."""
-    return f"yadtq.{queue}.tasks"
+def tasks_topic(queue: str, lane: Lane) -> str:
+    """Chunks that wait in a lane."""
+    return f"yadtq.{queue}.tasks" if lane == "normal" else f"yadtq.{queue}.tasks.{lane}"
 
 
 def jobs_topic(queue: str) -> str:
@@ -102,11 +103,15 @@ _LOOK_AGAIN: Final = 0.05
 
 
 class Topics:
-    """The topics of one queue, looked at and made where they are missing."""
+    """The topics of one lane of a queue, looked at and made where they are missing."""
 
-    def __init__(self, config: Config, queue: str) -> None:
+    def __init__(self, config: Config, queue: str, lane: Lane = "normal") -> None:
         self._config = config
         self._queue = queue
+        self._lane = lane
+        self._tasks = tasks_topic(queue, lane)
+        #: The queue's other lanes, as far as they were there at the last look; only the normal lane looks for them.
+        self.others: frozenset[Lane] = frozenset()
         #: What went wrong last on the way to the broker: the library itself says no more than that it took too long.
         self._trouble: KafkaError | None = None
         with translate_kafka_errors(config):
@@ -129,7 +134,7 @@ class Topics:
                     time.sleep(_LOOK_AGAIN)
                 found = made[0]
         if found is None:
-            raise BacklogError(f"topic {tasks_topic(self._queue)} was made on {self._config.kafka}, but is not there")
+            raise BacklogError(f"topic {self._tasks} was made on {self._config.kafka}, but is not there")
         return found
 
     def ends(self, topic: Topic) -> dict[int, int]:
@@ -144,12 +149,12 @@ class Topics:
             return {place.partition: int(self._wait(future).offset) for place, future in found.items()}
 
     def delete(self) -> None:
-        """Delete the tasks and the events: on a broker in memory, to have that memory back.
+        """Delete the tasks, and the events with the normal lane: on a broker in memory, to have that memory back.
 
         Raises:
             BacklogError: Kafka cannot be reached or refuses.
         """
-        names = [tasks_topic(self._queue), events_topic(self._queue)]
+        names = [self._tasks, events_topic(self._queue)] if self._lane == "normal" else [self._tasks]
         with translate_kafka_errors(self._config):
             for future in self._admin.delete_topics(names, request_timeout=TIMEOUT).values():
                 self._wait(future)
@@ -179,10 +184,13 @@ class Topics:
 
     def _describe(self) -> tuple[Topic | None, bool]:
         """Return the tasks topic, and whether the dead topic is there too: queues of older versions have none."""
-        names = [tasks_topic(self._queue), dead_topic(self._queue)]
+        lanes = LANES if self._lane == "normal" else (self._lane,)
+        names = [dead_topic(self._queue), *(tasks_topic(self._queue, lane) for lane in lanes)]
         futures = self._admin.describe_topics(TopicCollection(names), request_timeout=TIMEOUT)
-        tasks, dead = (self._described(futures[name]) for name in names)
-        return tasks, dead is not None
+        dead, *tasks = (self._described(futures[name]) for name in names)
+        found = {lane: topic for lane, topic in zip(lanes, tasks, strict=True) if topic is not None}
+        self.others = frozenset(found) - {self._lane}
+        return found.get(self._lane), dead is not None
 
     def _described(self, future: Future[Any]) -> Topic | None:
         try:
@@ -198,7 +206,7 @@ class Topics:
         # What waits must never vanish by age; only what happened may.
         kept = {"retention.ms": "-1", "retention.bytes": "-1"}
         topics = [
-            NewTopic(tasks_topic(self._queue), self._config.partitions, replication, config=kept),
+            NewTopic(self._tasks, self._config.partitions, replication, config=kept),
             NewTopic(jobs_topic(self._queue), 1, replication, config={"cleanup.policy": "compact"}),
             NewTopic(events_topic(self._queue), 1, replication),
             NewTopic(dead_topic(self._queue), 1, replication, config={"retention.bytes": _DEAD_BYTES}),

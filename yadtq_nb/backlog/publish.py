@@ -29,11 +29,11 @@ from yadtq_nb.backlog.connection import (
     events_topic,
     jobs_topic,
     settings,
-    tasks_topic,
     translate_kafka_errors,
 )
 from yadtq_nb.config import Config
 from yadtq_nb.errors import BacklogError, YadtqError
+from yadtq_nb.model import Lane
 
 log = logging.getLogger(__name__)
 
@@ -87,9 +87,16 @@ class _Letter:
 
 
 class Publisher:
-    """A producer of one queue, with a thread that hears the acknowledgements."""
+    """A producer of one lane of a queue, with a thread that hears the acknowledgements."""
 
-    def __init__(self, config: Config, queue: str, *, fed: Callable[[], Mapping[int, Fed]] | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        queue: str,
+        lane: Lane = "normal",
+        *,
+        fed: Callable[[], Mapping[int, Fed]] | None = None,
+    ) -> None:
         """Connect, and make the queue's topics if they are missing.
 
         Args:
@@ -114,7 +121,7 @@ class Publisher:
         self._floor: dict[int, int] = {}
         self._broken = threading.Event()
         self._closing = threading.Event()
-        self._topics = Topics(config, queue)
+        self._topics = Topics(config, queue, lane)
         self._start(self._topics.ensure())
         self._thread = threading.Thread(target=self._hear, name=f"yadtq-publisher-{queue}", daemon=True)
         self._thread.start()
@@ -204,7 +211,7 @@ class Publisher:
 
         # librdkafka's own partitioner would stick to one partition for a while.
         topic, partition = (
-            (jobs_topic(self._queue), 0) if letter.to_jobs else (tasks_topic(self._queue), next(self._partitions))
+            (jobs_topic(self._queue), 0) if letter.to_jobs else (self._topic.name, next(self._partitions))
         )
         more: dict[str, Any] = {}
         if letter.note is not None:

@@ -12,6 +12,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 from yadtq_nb.backlog.connection import TIMEOUT, Topic, Topics, jobs_topic, settings, translate_kafka_errors
 from yadtq_nb.config import Config
 from yadtq_nb.errors import BacklogError
+from yadtq_nb.model import Lane
 
 #: Milliseconds that a fetch may wait at a broker that does not wake it, by the number of records that lie before it:
 #: it looks through them all, and gives up with nothing when that takes longer.
@@ -183,13 +184,13 @@ def replay_jobs(config: Config, queue: str) -> Iterator[tuple[str, bytes | None]
             consumer.close()
 
 
-def replay_tasks(config: Config, queue: str) -> Iterator[bytes]:
-    """Yield the records of the tasks topic that are still in the log, up to its present end.
+def replay_tasks(config: Config, queue: str, lane: Lane) -> Iterator[bytes]:
+    """Yield the records of a lane's tasks topic that are still in the log, up to its present end.
 
     Raises:
         BacklogError: Kafka cannot be reached.
     """
-    topics = Topics(config, queue)
+    topics = Topics(config, queue, lane)
     topic = topics.ensure()
     reader = Reader(config, queue, topic)
     try:

@@ -405,9 +405,9 @@ class Board:
         with self._changed:
             self._changed.notify_all()
 
-    def wait_for_arrival(self, place: int) -> None:
-        """Block until the segment of that place in order of arrival has come, or none will come any more."""
-        self.wait(lambda: self.arrived() > place or self.complete(), None)
+    def has_arrived(self, place: int) -> bool:
+        """Tell whether the segment of that place in order of arrival has come, or none will come any more."""
+        return self.arrived() > place or self.complete()
 
     def when_arrived(self, count: int) -> Future[None]:
         """Return a future that is done once so many segments have come, or the job has ended."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
+from yadtq_nb import lending
 from yadtq_nb.model import State
 
 
@@ -39,6 +41,16 @@ class TaskFuture(Future[Any]):
     def state(self) -> State:
         """State of the task, as far as this process has heard."""
         return self.job.task_state(self.index)
+
+    def result(self, timeout: float | None = None) -> Any:
+        """See concurrent.futures.Future. A task that waits for another lends its slot meanwhile."""
+        with contextlib.nullcontext() if self.done() else lending.waiting():
+            return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """See concurrent.futures.Future, and result."""
+        with contextlib.nullcontext() if self.done() else lending.waiting():
+            return super().exception(timeout)
 
     def cancel(self) -> bool:
         """Cancel the task on the queue, whether it waits or runs. False when it has its outcome already.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import operator
 import os
 import time
@@ -10,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterat
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, overload
 
-from yadtq_nb import codec
+from yadtq_nb import codec, lending
 from yadtq_nb.client.board import Board, Failure, Outcomes, cancelled, revive
 from yadtq_nb.client.future import TaskFuture
 from yadtq_nb.client.inbox import PATIENCE, Inbox, job_state
@@ -131,7 +132,7 @@ class Job(Sequence[Future[Any]]):
             return True
         total = self._known_total()
         if total is None:
-            board.wait(lambda: board.done > index or board.ended, None)
+            self._wait(lambda: board.done > index or board.ended, None)
             total = self._known_total()
         if total is not None:
             return index < total
@@ -175,7 +176,7 @@ class Job(Sequence[Future[Any]]):
         board = self._board
         self.want()
         stop = (lambda: board.complete() or board.failed_in_order()) if errors == "raise" else board.complete
-        if not board.wait(stop, _deadline(timeout)):
+        if not self._wait(stop, _deadline(timeout)):
             raise JobTimeoutError(f"job {self.name!r} was not done within {timeout} s: {self}", job=self.name)
         # What was sent and failed tells more than that the rest is missing.
         if errors != "raise" or not board.failed_in_order():
@@ -215,10 +216,16 @@ class Job(Sequence[Future[Any]]):
             QueueClosedError: the queue was closed in this process meanwhile.
         """
         self._check_process()
-        ended = self._board.wait(lambda: self._board.ended, _deadline(timeout))
+        ended = self._wait(lambda: self._board.ended, _deadline(timeout))
         if isinstance(self._board.failure, QueueClosedError):
             raise self._board.failure
         return ended
+
+    def _wait(self, ready: Callable[[], bool], deadline: float | None) -> bool:
+        if ready():
+            return True
+        with lending.waiting():
+            return self._board.wait(ready, deadline)
 
     def cancel(self) -> int:
         """Cancel every task that has no outcome yet, and return how many there were.
@@ -289,7 +296,8 @@ class Job(Sequence[Future[Any]]):
         arrived = 0
         while not (self._board.complete() or self._board.failed_in_order()):
             arrived = self._board.arrived()
-            await asyncio.wrap_future(self._board.when_arrived(arrived + 1))
+            with lending.waiting():
+                await asyncio.wrap_future(self._board.when_arrived(arrived + 1))
             if self._board.ended and not self._board.complete():
                 await asyncio.sleep(0.005)
         return self.results(timeout=0)
@@ -362,7 +370,7 @@ class Job(Sequence[Future[Any]]):
         from yadtq_nb.client import frame
 
         self.want()
-        self._board.wait(self._board.complete, None)
+        self._wait(self._board.complete, None)
         self._raise_failure("skip")
         total = self._known_total()
         table = self._board.table(self._highest() if total is None else total)
@@ -455,7 +463,9 @@ class Completed:
     def __iter__(self) -> Iterator[Future[Any]]:
         board, place = self._board, 0
         while True:
-            board.wait_for_arrival(place)
+            if not board.has_arrived(place):
+                with lending.waiting():
+                    board.wait(functools.partial(board.has_arrived, place), None)
             if board.arrived() <= place:
                 self._raise_failure()
                 return
@@ -465,7 +475,8 @@ class Completed:
     async def __aiter__(self) -> AsyncIterator[Future[Any]]:
         board, place = self._board, 0
         while True:
-            await asyncio.wrap_future(board.when_arrived(place + 1))
+            with lending.waiting():
+                await asyncio.wrap_future(board.when_arrived(place + 1))
             if board.arrived() <= place:
                 if not board.complete():
                     await asyncio.sleep(0.005)

@@ -7,6 +7,7 @@ import functools
 import inspect
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -14,17 +15,17 @@ from typing import Any, Final
 
 import msgspec
 
-from yadtq_nb import codec, pending
+from yadtq_nb import codec, lending, pending
 from yadtq_nb.backlog.publish import Publisher
 from yadtq_nb.backlog.reader import replay_tasks
 from yadtq_nb.client.board import Board
 from yadtq_nb.client.inbox import PATIENCE, Inbox
 from yadtq_nb.client.job import Job
 from yadtq_nb.client.options import JobOptions
-from yadtq_nb.client.sender import Mailer, Packet, Sender
+from yadtq_nb.client.sender import FLUSH, Mailer, Packet, Sender
 from yadtq_nb.config import Config
 from yadtq_nb.errors import BacklogError, CodecError, JobError, JobExistsError, TooLargeError, YadtqError
-from yadtq_nb.model import CallStyle, Cancel, Environment, Seal, new_id
+from yadtq_nb.model import CallStyle, Cancel, Environment, Lane, Seal, new_id
 from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobStore
 
@@ -48,11 +49,24 @@ class Link:
         self.store = JobStore(config, queue)
         patiently(self.store.check_secret, PATIENCE)
         self.inbox = Inbox(config, queue)
-        self._publisher = Publisher(config, queue, fed=self.store.cursors)
-        self.mailer = Mailer(config, self.store, self._publisher)
+        self._publishers: dict[Lane, Publisher] = {}
+        self._lock = threading.Lock()
+        self.mailer = Mailer(config, self.store, self.publisher)
+        self.publisher()
         self._senders: list[Sender] = []
         self._pid = os.getpid()
         pending.add(self)
+
+    def publisher(self, lane: Lane = "normal") -> Publisher:
+        """Return who writes to a lane; it comes into use with the first call, and nodes are told so."""
+        with self._lock:
+            if lane not in self._publishers:
+                self._publishers[lane] = Publisher(
+                    self._config, self.queue, lane, fed=functools.partial(self.store.cursors, lane)
+                )
+                if lane != "normal":
+                    patiently(lambda: self.store.ring("lane"), PATIENCE)
+            return self._publishers[lane]
 
     def packet(
         self,
@@ -87,7 +101,10 @@ class Link:
             parameters=_parameters(fn) if style != "item" else (),
             deadline=options.ends_at(self.store.now),
             policy=options.policy(self.store.now),
+            lane=options.lane,
+            depth=lending.depth + 1 if lending.in_slot() else 0,
         )
+        self.publisher(packet.lane)
         if packet.by_blob:
             self.mailer.keep_blob(codec.FUNCTION, packet.function_id, function)
         return packet
@@ -203,8 +220,10 @@ class Link:
 
     def bring_back(self, job: str) -> int:
         """Send the lost tasks of a job again, from Kafka's log; see Job.retry."""
-        if not self.store.reopen(job):
+        known = self.store.record(job)
+        if known is None or not self.store.reopen(job):
             return 0
+        publisher = self.publisher(known.lane)
         kept = {field.partition(".")[0] for field in self.store.fields(job)}
         ends: dict[int, int] = {}
         refused: list[BacklogError] = []
@@ -216,7 +235,7 @@ class Link:
                 ends[partition] = max(ends.get(partition, 0), offset + 1)
 
         count = 0
-        for record in replay_tasks(self._config, self.queue):
+        for record in replay_tasks(self._config, self.queue, known.lane):
             try:
                 head, *_ = codec.decode_chunk(self.key, record)
             except CodecError:
@@ -224,18 +243,16 @@ class Link:
             if head.job == job and str(head.number) not in kept:
                 kept.add(str(head.number))
                 count += head.count
-                self._publisher.send_chunk(record, acknowledged)
+                publisher.send_chunk(record, acknowledged)
                 self.mailer.ring()
-        self.mailer.flush()
+        publisher.flush(FLUSH)
         if refused:
             raise refused[0]
-        known = self.store.record(job)
-        if known is not None:
-            places = {f"{self.mailer.topic_id}/{partition}": end for partition, end in ends.items()}
-            seal = Seal(job, known.total, places)
-            self.mailer.send_entry(seal)
-            self.mailer.flush()
-            patiently(lambda: self.store.seal(seal), PATIENCE)
+        places = {f"{publisher.topic.id}/{partition}": end for partition, end in ends.items()}
+        seal = Seal(job, known.total, places)
+        self.mailer.send_entry(seal)
+        self.mailer.flush()
+        patiently(lambda: self.store.seal(seal), PATIENCE)
         return count
 
     def finish_sending(self, timeout: float, *, ending: bool) -> None:
@@ -249,13 +266,15 @@ class Link:
                 sender.finished.wait(max(0.0, deadline - time.monotonic()))
             elif ending:
                 sender.abandon()
-        self._publisher.settle(min(_SAFE, max(0.1, deadline - time.monotonic())))
+        for publisher in list(self._publishers.values()):
+            publisher.settle(min(_SAFE, max(0.1, deadline - time.monotonic())))
 
     def close(self) -> None:
         """Send what is being sent, and close."""
         pending.remove(self)
         self.finish_sending(60.0, ending=True)
-        self._publisher.close()
+        for publisher in self._publishers.values():
+            publisher.close()
         self.inbox.close("the queue was closed (open one and use queue.job(...): the job goes on)")
         self.store.close()
 
@@ -264,7 +283,8 @@ class Link:
         pending.remove(self)
         for sender in self._senders:
             sender.stop()
-        self._publisher.close(0.0)
+        for publisher in self._publishers.values():
+            publisher.close(0.0)
         self.inbox.close("the LocalCluster was closed, and the job with it,")
         self.store.close()
 

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import math
 import operator
 import time
 from collections.abc import Callable
 from numbers import Real
-from typing import Any, Final, TypedDict
+from typing import Any, Final, TypedDict, get_args
 
 import msgspec
 
+from yadtq_nb import lending
 from yadtq_nb.client import planner
 from yadtq_nb.errors import TaskTimeoutError
-from yadtq_nb.model import Policy
+from yadtq_nb.model import Lane, Policy, Priority
 
 #: Tasks that travel together, or "auto".
 ChunkSize = int | str
 Seconds = float | datetime.timedelta
 ErrorTypes = type[BaseException] | tuple[type[BaseException], ...]
 
+_PRIORITIES: Final = get_args(Priority)
 #: Longest time that can be asked for, in seconds: a century.
 _LONGEST: Final = 100 * 365 * 86_400.0
 
@@ -38,6 +41,7 @@ class Given(TypedDict, total=False):
     max_crashes: int | None
     start_after: Seconds | datetime.datetime | None
     deadline: Seconds | datetime.datetime | None
+    priority: Priority
 
 
 class Moment(msgspec.Struct, frozen=True):
@@ -73,6 +77,7 @@ class JobOptions(msgspec.Struct, frozen=True):
     max_crashes: int
     start_after: Moment
     deadline: Moment
+    lane: Lane
 
     def policy(self, now: Callable[[], float]) -> Policy:
         """Return what travels with each chunk; now tells the workbench's clock, and is asked only for a delay."""
@@ -103,6 +108,7 @@ def check(
     max_crashes: int | None = None,
     start_after: Seconds | datetime.datetime | None = None,
     deadline: Seconds | datetime.datetime | None = None,
+    priority: Priority = "normal",
 ) -> JobOptions:
     """Check the options of a job.
 
@@ -123,7 +129,25 @@ def check(
         max_crashes=0 if max_crashes is None else _count("max_crashes", max_crashes, 1),
         start_after=_moment("start_after", start_after),
         deadline=_moment("deadline", deadline),
+        lane=_lane(priority),
     )
+
+
+def _lane(priority: Any) -> Lane:
+    if priority not in _PRIORITIES:
+        raise ValueError(f"priority must be 'high', 'normal' or 'low', not {priority!r}")
+    # Whoever waits for it has a slot: no priority may hold it up.
+    return "nested" if lending.in_slot() else priority
+
+
+@functools.cache
+def _plain(_in_slot: bool) -> JobOptions:
+    return check()
+
+
+def defaults() -> JobOptions:
+    """Return what holds when nothing is said."""
+    return _plain(lending.in_slot())
 
 
 def _name(name: str | None) -> str | None:

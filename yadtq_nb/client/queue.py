@@ -19,7 +19,7 @@ from yadtq_nb.client.job import Job
 from yadtq_nb.client.options import ChunkSize, ErrorTypes, Given, JobOptions, Seconds
 from yadtq_nb.config import Config
 from yadtq_nb.errors import ConfigError, JobNotFoundError, WorkbenchError
-from yadtq_nb.model import CallStyle, Environment
+from yadtq_nb.model import CallStyle, Environment, Priority
 from yadtq_nb.workbench.connection import patiently
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ class Queue:
         max_crashes: int | None = None,
         start_after: Seconds | datetime.datetime | None = None,
         deadline: Seconds | datetime.datetime | None = None,
+        priority: Priority = "normal",
     ) -> Job:
         """Call fn on each item, on the workers. Returns at once.
 
@@ -123,6 +124,9 @@ class Queue:
             start_after: seconds from now, or a datetime, before which no task starts.
             deadline: seconds from now, or a datetime, at which the whole job is ended as by job.cancel(); then
                 results() raises JobTimeoutError, with errors="skip" or "return" it gives what there is.
+            priority: "high", "normal" or "low": what is high overtakes all that waits and is not, whatever runs is left
+                alone. A job that a task sends comes before all of them, the last one first, since someone who has a
+                slot may wait for it.
 
         Raises:
             JobExistsError: the name is taken.
@@ -142,6 +146,7 @@ class Queue:
             max_crashes=max_crashes,
             start_after=start_after,
             deadline=deadline,
+            priority=priority,
         )
         items = iterables[0] if len(iterables) == 1 else _zipped(iterables)
         return self._send(fn, items, "item" if len(iterables) == 1 else "star", kwargs, checked)
@@ -163,7 +168,7 @@ class Queue:
 
         Everything is passed to fn; options go through queue.options(name=..., retries=...).submit(fn, ...).
         """
-        return self._submit(fn, args, kwargs, _DEFAULTS)
+        return self._submit(fn, args, kwargs, options.defaults())
 
     def options(self, **given: Unpack[Given]) -> Options:
         """Return a view of this queue on which map, starmap and submit use these options; see map for them.
@@ -348,7 +353,6 @@ class Options:
         return self._queue._submit(fn, args, kwargs, options.check(**self._given))
 
 
-_DEFAULTS: Final = options.check()
 _NAME_CHARACTERS: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
 

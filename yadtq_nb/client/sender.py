@@ -32,7 +32,7 @@ from yadtq_nb.errors import (
     WorkbenchError,
     YadtqError,
 )
-from yadtq_nb.model import BrokenItem, CallStyle, Cancel, ChunkHead, Environment, Manifest, Policy, Seal
+from yadtq_nb.model import BrokenItem, CallStyle, Cancel, ChunkHead, Environment, Lane, Manifest, Policy, Seal
 from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobStore
 
@@ -49,7 +49,7 @@ _PATIENCE: Final = 60.0
 #: Seconds for which the thread of a job that is given up is waited for.
 _ABANDON: Final = 2.0
 #: Seconds to wait for the broker to take everything.
-_FLUSH: Final = 120.0
+FLUSH: Final = 120.0
 
 
 class Packet(msgspec.Struct, frozen=True):
@@ -72,6 +72,8 @@ class Packet(msgspec.Struct, frozen=True):
     parameters: tuple[str, ...] = ()
     policy: Policy = Policy()
     deadline: float = 0.0
+    lane: Lane = "normal"
+    depth: int = 0
 
     def manifest(self, total: int | None, client: str) -> Manifest:
         """Return what the queue is told before the first chunk."""
@@ -85,6 +87,7 @@ class Packet(msgspec.Struct, frozen=True):
             client=client,
             parameters=self.parameters,
             deadline=self.deadline,
+            lane=self.lane,
         )
 
     def head(self, number: int, first: int, count: int, *, total: int = -1, by_reference: bool = False) -> ChunkHead:
@@ -105,6 +108,7 @@ class Packet(msgspec.Struct, frozen=True):
             created=self.created,
             by_reference=by_reference,
             policy=self.policy,
+            depth=self.depth,
         )
 
     @property
@@ -116,7 +120,7 @@ class Packet(msgspec.Struct, frozen=True):
 class Mailer:
     """Makes records of chunks and hands them to the publisher. Shared by all jobs of a queue's client."""
 
-    def __init__(self, config: Config, store: JobStore, publisher: Publisher) -> None:
+    def __init__(self, config: Config, store: JobStore, publisher: Callable[[Lane], Publisher]) -> None:
         self._config = config
         self._store = store
         self._publisher = publisher
@@ -136,7 +140,7 @@ class Mailer:
         if patiently(lambda: self._store.put_blob(name, sealed), PATIENCE) or name not in self._kept:
             key, value = journal.encode(self._config.key, journal.Blob(name, sealed))
             if len(value) <= MAX_RECORD:
-                self._publisher.send_job(key, value)
+                self._publisher("normal").send_job(key, value)
         self._kept[name] = now
 
     def send(
@@ -178,12 +182,13 @@ class Mailer:
                 return self.send(packet, number, first, [broken], acknowledged)
             arguments = []
         function = b"" if packet.by_blob else packet.function
-        self._publisher.send_chunk(codec.encode_chunk(self._config.key, head, function, arguments), acknowledged)
+        record = codec.encode_chunk(self._config.key, head, function, arguments)
+        self._publisher(packet.lane).send_chunk(record, acknowledged)
         return 1, size
 
     def send_entry(self, entry: Manifest | Seal | Cancel) -> None:
         """Write an entry to the jobs topic."""
-        self._publisher.send_job(*journal.encode(self._config.key, entry))
+        self._publisher("normal").send_job(*journal.encode(self._config.key, entry))
 
     def ring(self) -> None:
         """Wake feeders that do not wait at Kafka; once awake they stay so for a while."""
@@ -196,14 +201,13 @@ class Mailer:
                 # What was sent is sent: feeders look by themselves now and then.
                 log.warning("nobody was rung for: %s", exc)
 
-    def flush(self) -> bool:
-        """Wait until Kafka has taken everything."""
-        return self._publisher.flush(_FLUSH)
+    def flush(self, lane: Lane = "normal") -> bool:
+        """Wait until Kafka has taken everything of a lane; what is told of jobs goes with the normal one."""
+        return self._publisher(lane).flush(FLUSH)
 
-    @property
-    def topic_id(self) -> str:
-        """The life of the tasks topic that is written to."""
-        return self._publisher.topic.id
+    def topic_id(self, lane: Lane) -> str:
+        """Return the life of the tasks topic that is written to."""
+        return self._publisher(lane).topic.id
 
 
 class Sender:
@@ -295,7 +299,7 @@ class Sender:
             job=self._packet.name,
         )
         failure.__cause__ = exc
-        if isinstance(exc, YadtqError) or not self._mailer.flush() or self._refused is not None:
+        if isinstance(exc, YadtqError) or not self._mailer.flush(self._packet.lane) or self._refused is not None:
             self._board.end(failure)
         else:
             self._board.cut(failure, self._sent)
@@ -391,11 +395,12 @@ class Sender:
 
     def _seal(self) -> None:
         self._mailer.ring()
-        if not self._mailer.flush():
+        lane = self._packet.lane
+        if not self._mailer.flush(lane):
             raise BacklogError("Kafka has not taken all records in time; is the broker up?")
         if self._refused is not None:
             raise self._refused
-        ends = {f"{self._mailer.topic_id}/{partition}": end for partition, end in self._ends.items()}
+        ends = {f"{self._mailer.topic_id(lane)}/{partition}": end for partition, end in self._ends.items()}
         seal = Seal(self._packet.job, self._sent, ends)
         self._mailer.send_entry(seal)
         # Before the workbench knows: one that is emptied right then must find it in Kafka.

@@ -24,6 +24,7 @@ def jobs(records: Sequence[JobRecord]) -> pd.DataFrame:
             "succeeded": [r.succeeded for r in records],
             "failed": [r.failed for r in records],
             "cancelled": [r.cancelled for r in records],
+            "priority": [r.lane for r in records],
             "created": _times([r.created for r in records]),
             "ended": _times([r.ended for r in records]),
             "function": [r.function_name for r in records],

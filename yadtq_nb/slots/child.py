@@ -46,6 +46,8 @@ class Child:
         self.timed_out: int | None = None
         self.environment: Environment | None = None
         self.lease: Lease | None = None
+        #: True while its task waits for a job that it has sent.
+        self.lent = False
         self.log_start = 0
         self.used = 0.0
 

@@ -10,6 +10,8 @@
 A slot runs one chunk at a time. It keeps the environment (working directory, local modules) of its first chunk: a
 chunk of another one gets a fresh slot. A slot that dies is replaced at once, and its chunk comes back as Died; if the
 template dies, all slots die with it, and are started again.
+
+A task that waits for a job which it has sent lends its slot: another one is there meanwhile.
 """
 
 from __future__ import annotations
@@ -124,14 +126,16 @@ class SlotPool:
             self._launcher = launcher(self._directory, self._count)
             self._started_at = time.monotonic()
             self._selector.register(self._launcher.fileno(), selectors.EVENT_READ)
-            for number in range(self._count):
-                self._add(number)
+            self._fit()
 
-    def reserve(self, n: int) -> int:
-        """Claim up to n free slots, and return how many. Thread-safe."""
+    def reserve(self, n: int, *, lent: bool = False) -> int:
+        """Claim up to n free slots, those that are there in place of lent ones only if asked for, and return how many.
+
+        Thread-safe.
+        """
         with self._lock:
             free = sum(slot.is_idle() for slot in self._slots.values()) - self._reserved
-            claimed = max(0, min(n, free))
+            claimed = max(0, min(n, free if lent else free - self.lent()))
             self._reserved += claimed
             return claimed
 
@@ -139,6 +143,11 @@ class SlotPool:
         """Tell whether a slot is free that nobody has claimed. Thread-safe."""
         with self._lock:
             return sum(slot.is_idle() for slot in self._slots.values()) > self._reserved
+
+    def lent(self) -> int:
+        """Return how many slots have tasks that wait for jobs of their own. Thread-safe."""
+        with self._lock:
+            return sum(slot.lent for slot in self._slots.values())
 
     def unreserve(self, n: int) -> None:
         """Give claimed slots back. Thread-safe."""
@@ -297,6 +306,26 @@ class SlotPool:
         os.close(self._waker)
         return events + self._events
 
+    def _fit(self) -> None:
+        """Have as many slots as there should be: one more for each that is lent."""
+        if self._launcher is None:
+            return
+        wanted = self._count + self.lent()
+        for slot in [slot for slot in self._slots.values() if slot.is_idle()][self._reserved :]:
+            if len(self._slots) <= wanted:
+                break
+            self._discard(slot)
+        while len(self._slots) < wanted:
+            taken = {slot.number for slot in self._slots.values()}
+            self._add(next(number for number in range(wanted) if number not in taken))
+
+    def _discard(self, slot: Child) -> None:
+        """End an idle slot."""
+        assert self._launcher is not None  # as in _add
+        self._launcher.kill(slot.serial)
+        del self._slots[slot.serial]
+        self._retire(slot)
+
     def _add(self, number: int) -> Child:
         """Ask for a fresh slot. It takes orders at once: its socket holds them until it is there."""
         assert self._launcher is not None  # callers hold the lock and have looked
@@ -324,10 +353,7 @@ class SlotPool:
 
     def _replace(self, slot: Child) -> Child:
         """End an idle slot and ask for a fresh one, which takes orders at once."""
-        assert self._launcher is not None  # as in _add
-        self._launcher.kill(slot.serial)
-        del self._slots[slot.serial]
-        self._retire(slot)
+        self._discard(slot)
         return self._add(slot.number)
 
     def _retire(self, slot: Child) -> None:
@@ -341,13 +367,17 @@ class SlotPool:
         with self._lock:
             for head, frame in frames:
                 report = _decode_report(head)
-                if slot.lease is not None:
+                if report.lent is not None:
+                    slot.lent = report.lent and slot.lease is not None
+                    self._fit()
+                elif slot.lease is not None:
                     offsets, states = _offsets(report), report.states
                     self._events.append(
                         Outcomes(slot.lease, offsets, states, frame, report.last, report.retries, report.unfinished)
                     )
                 if report.last:
-                    slot.lease = None
+                    slot.lease, slot.lent = None, False
+                    self._fit()
             if gone:  # how it ended, the launcher will tell
                 with contextlib.suppress(KeyError, ValueError):
                     self._selector.unregister(slot.sock)
@@ -370,7 +400,7 @@ class SlotPool:
                     self._forked(slot, note)
                 elif slot and note.act == "exited":
                     self._exited(slot, processes.describe(note.value))
-                    self._add(slot.number)
+                    self._fit()
 
     def _refresh_unused(self) -> None:
         """Replace slots that were forked before the template had imported the common libraries."""
@@ -420,8 +450,8 @@ class SlotPool:
             self.start()
         if now >= self._logs_at:
             self._logs_at = now + _LOG_EVERY
-            for number in range(self._count):
-                bound(self._directory / f"slot-{number}.log")
+            for slot in list(self._slots.values()):
+                bound(slot.log)
 
     def _end_late(self, now: float) -> None:
         """Kill slots that were told to end, and those whose task is late. Coroutines see to that themselves."""

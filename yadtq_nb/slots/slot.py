@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
 import msgspec
 
-from yadtq_nb import codec, errors, pending, source
+from yadtq_nb import codec, errors, lending, pending, source
 from yadtq_nb.model import BrokenItem, ChunkHead, Environment
 from yadtq_nb.salvage import Unreadable
 from yadtq_nb.slots import hints, processes, running, wire
@@ -60,6 +60,7 @@ class Slot:
         self._home = ""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._reporter = Reporter(self._send)
+        lending.serve(self._reporter.lend)
 
     def serve(self) -> NoReturn:
         """Run chunk after chunk; the process ends when the pool closes the socket."""
@@ -92,6 +93,7 @@ class Slot:
             outcomes.fail_rest(todo, exc)
         else:
             del record
+            lending.depth = head.depth
             outcomes.retry_on(head.policy, types)
             self._reporter.begin(outcomes)
             self._run_tasks(head, call, items, todo, outcomes)
@@ -197,6 +199,11 @@ class Reporter:
         with self._lock:
             self._outcomes = None
             outcomes.report(self._send, last=True)
+
+    def lend(self, lent: bool) -> None:
+        """Tell that the task which runs waits for a job, or does no more."""
+        with self._lock:
+            self._send(Report(0, 0, b"", b"", False, lent=lent), b"")
 
     def _tick(self) -> None:
         idle = _PARK_AFTER

@@ -81,6 +81,8 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
     retries: tuple[Retry, ...] = ()
     #: With the last report: true when a task of the order has no outcome.
     unfinished: bool = False
+    #: Alone in a report: whether the slot is lent from now on, since its task waits for a job.
+    lent: bool | None = None
 
 
 class Note(msgspec.Struct, frozen=True, array_like=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -11,7 +11,7 @@ import msgspec
 from yadtq_nb import codec
 from yadtq_nb.config import Config
 from yadtq_nb.errors import CodecError, FormatError, WorkbenchError
-from yadtq_nb.model import ChunkHead, Environment, Lease, Retry, WorkerInfo
+from yadtq_nb.model import ChunkHead, Environment, Lane, Lease, Retry, WorkerInfo
 from yadtq_nb.workbench.connection import ALWAYS_FITS, Connection
 
 #: A chunk that cannot be read is left to lapse this often, in case another node knows more; then its tasks end.
@@ -70,6 +70,7 @@ class Fed(msgspec.Struct, frozen=True):
 class Share(msgspec.Struct, frozen=True):
     """A partition that this node feeds from."""
 
+    lane: Lane
     partition: int
     cursor: Cursor | None
     #: Before it everything is finished.
@@ -93,11 +94,12 @@ class NotLiveError(Exception):
 
 
 class Workbench:
-    """One node's hands at the workbench of one queue."""
+    """One node's hands at the workbench of one queue; what it feeds, it feeds into one lane."""
 
-    def __init__(self, config: Config, queue: str, node: str) -> None:
+    def __init__(self, config: Config, queue: str, node: str, lane: Lane = "normal") -> None:
         self._config = config
         self._node = node
+        self._lane = lane
         self._redis = Connection(config, queue)
 
     def check_server(self) -> None:
@@ -131,15 +133,17 @@ class Workbench:
         ]
         records = [record for b in batches for _, _, record in b.chunks]
         c = self._config
+        # Of nested jobs there are only as many as tasks that run and wait for them.
+        limits = (None, None) if self._lane == "nested" else (c.watermark_chunks, c.watermark_bytes)
         status, replies, granted = self._redis.call(
             "feed",
             self._node,
             c.lease,
             free,
-            -1 if c.watermark_chunks is None else c.watermark_chunks,
-            -1 if c.watermark_bytes is None else c.watermark_bytes,
+            *(-1 if limit is None else limit for limit in limits),
             int(c.keep),
             _pack(groups),
+            self._lane,
             *records,
         )
         _check_live(status)
@@ -147,8 +151,11 @@ class Workbench:
         leases = [Lease(by_id[id][0], int(token), by_id[id][1]) for id, token in _texts(granted)]
         return [Fed(status.decode(), Cursor.parse(cursor)) for status, cursor in replies], leases
 
-    def take(self, count: int) -> tuple[list[Lease], float | None]:
+    def take(self, count: int, *, plain: int | None = None) -> tuple[list[Lease], float | None]:
         """Lease up to count ready chunks to this node.
+
+        Args:
+            plain: how many at most if others than those of nested jobs are among them; all by default.
 
         Returns:
             The leases, and the seconds until the next of the chunks that wait is due, or None when none waits.
@@ -157,7 +164,9 @@ class Workbench:
             NotLiveError: the node must beat first.
             WorkbenchError: Redis cannot be reached.
         """
-        status, taken, due = self._redis.call("take", self._node, self._config.lease, count)
+        status, taken, due = self._redis.call(
+            "take", self._node, self._config.lease, count, count if plain is None else plain
+        )
         _check_live(status)
         leases = []
         for entry in taken:
@@ -269,14 +278,16 @@ class Workbench:
         """Write down which task of a suspect chunk runs next. False when the lease is another's by now."""
         return bool(self._redis.call("mark", self._node, lease.head.id, lease.token, offset))
 
-    def beat(self, info: WorkerInfo, partitions: int, leases: Sequence[tuple[Lease, int]], *, polls: bool) -> Heard:
+    def beat(
+        self, info: WorkerInfo, lanes: Mapping[Lane, tuple[int, bool]], leases: Sequence[tuple[Lease, int]]
+    ) -> Heard:
         """Tell that this node lives, and which leases it holds; only these are renewed.
 
         Args:
             info: what the node says of itself.
-            partitions: how many the tasks topic has.
+            lanes: those that it feeds, with the partitions that their topic has, and whether their feeder really
+                reads; if not, its partitions go to others.
             leases: with the offset of the task that runs now, or -1.
-            polls: whether the feeder really reads; if not, its partitions go to others.
 
         Raises:
             WorkbenchError: Redis cannot be reached.
@@ -287,11 +298,12 @@ class Workbench:
             self._node,
             _pack(info),
             self._config.lease,
-            partitions,
-            "1" if polls else "0",
+            _pack(lanes),
             _pack(named),
         )
-        shares = [Share(int(p), Cursor.parse(cursor), Cursor.parse(low)) for p, cursor, low in marks]
+        shares = [
+            Share(lane.decode(), int(p), Cursor.parse(cursor), Cursor.parse(low)) for lane, p, cursor, low in marks
+        ]
         cancelled = {id.decode(): list(map(int, offsets)) for id, offsets in dropped}
         return Heard([id.decode() for id in lost], shares, int(ready), cancelled)
 
@@ -315,7 +327,7 @@ class Workbench:
         Raises:
             WorkbenchError: Redis cannot be reached.
         """
-        return Cursor.parse(self._redis.call("init", partition, str(seen or ""), str(cursor)))
+        return Cursor.parse(self._redis.call("init", partition, str(seen or ""), str(cursor), self._lane))
 
     def begin_restore(self) -> bool:
         """Note that this node begins to replay the jobs topic. True when that was done by now."""
@@ -332,7 +344,7 @@ class Workbench:
     def cursor(self, partition: int) -> Cursor | None:
         """Return where the queue is in a partition, or None while that is not set."""
         with self._redis.use() as client:
-            return Cursor.parse(client.hget(self._redis.key("cursor"), partition) or b"")
+            return Cursor.parse(client.hget(self._redis.lane_key("cursor", self._lane), partition) or b"")
 
     def open_chunks(self) -> int:
         """Return how many chunks are in hand: ready, leased or waiting for their next try."""
@@ -343,11 +355,12 @@ class Workbench:
         """Name of the server's present life."""
         return self._redis.run_id()
 
-    def wait_for_bell(self, position: str, timeout: float) -> tuple[str, bool]:
+    def wait_for_bell(self, position: str, timeout: float) -> tuple[str, frozenset[str]]:
         """Block until the bell rings after position, or timeout seconds.
 
         Returns:
-            The new position, and whether something was cancelled, so that a beat tells what is to be stopped.
+            The new position, and why it rang: "tasks" to be fed; "ready" to be taken; "cancel" when a beat tells what
+            is to be stopped; "lane" when another lane has come into use.
 
         Raises:
             WorkbenchError: Redis cannot be reached.
@@ -355,9 +368,9 @@ class Workbench:
         with self._redis.use() as client:
             rung = client.xread({self._redis.key("bell"): position}, block=max(1, int(timeout * 1000)))
         if not rung:
-            return position, False
+            return position, frozenset()
         entries = rung[0][1]
-        return str(entries[-1][0].decode()), any(fields.get(b"k") == b"cancel" for _, fields in entries)
+        return str(entries[-1][0].decode()), frozenset(fields[b"k"].decode() for _, fields in entries)
 
     def blob(self, name: str) -> bytes | None:
         """Fetch a function or source tree by its content hash, or arguments by reference."""

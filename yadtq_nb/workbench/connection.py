@@ -18,6 +18,7 @@ from redis.retry import Retry
 
 from yadtq_nb.config import Config
 from yadtq_nb.errors import WorkbenchError, WorkbenchFullError, WorkbenchRefusedError
+from yadtq_nb.model import Lane
 
 VERBS: Final = (
     *("feed", "take", "finish", "release", "retry", "mark", "beat", "reap", "init", "restore"),
@@ -105,6 +106,10 @@ class Connection:
             self.client: Any = redis.Redis.from_url(config.redis, **{**ours, **config.redis_options})
         _check_options(self.client.connection_pool)
         self._scripts = {verb: self.client.register_script(_source(verb)) for verb in VERBS}
+
+    def lane_key(self, name: str, lane: Lane) -> str:
+        """Name of a key that each lane has."""
+        return self.key(name) if lane == "normal" else self.key(name, lane)
 
     def key(self, *parts: str) -> str:
         """Name of a key of this queue."""

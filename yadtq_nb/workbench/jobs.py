@@ -5,14 +5,14 @@ from __future__ import annotations
 import bisect
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 
 from yadtq_nb import codec
 from yadtq_nb.config import Config
 from yadtq_nb.errors import SignatureError, TooLargeError
-from yadtq_nb.model import CallStyle, Cancel, Manifest, Seal, WorkerInfo, WorkerView
+from yadtq_nb.model import CallStyle, Cancel, Lane, Manifest, Seal, WorkerInfo, WorkerView
 from yadtq_nb.workbench.bench import Cursor
 from yadtq_nb.workbench.connection import ALWAYS_FITS, Connection
 
@@ -66,6 +66,7 @@ class JobRecord(msgspec.Struct, frozen=True):
     cancel: str = ""
     #: Tasks whose outcome, or whose record, was lost with a server's data.
     lost: int = 0
+    lane: Lane = "normal"
 
     @property
     def done(self) -> int:
@@ -153,6 +154,7 @@ class JobStore:
                 int(self._config.keep),
                 ",".join(m.parameters),
                 m.deadline,
+                m.lane,
             ).decode()
         )
 
@@ -255,10 +257,10 @@ class JobStore:
             data: bytes | None = client.get(self._redis.key("blob", name))
             return data
 
-    def cursors(self) -> dict[int, Cursor]:
-        """Return how far each partition has been fed."""
+    def cursors(self, lane: Lane = "normal") -> dict[int, Cursor]:
+        """Return how far each partition of a lane has been fed."""
         with self._redis.use() as client:
-            found = client.hgetall(self._redis.key("cursor"))
+            found = client.hgetall(self._redis.lane_key("cursor", lane))
         parsed = {int(partition): Cursor.parse(cursor) for partition, cursor in found.items()}
         return {partition: cursor for partition, cursor in parsed.items() if cursor is not None}
 
@@ -268,10 +270,10 @@ class JobStore:
             seconds, micros = client.time()
         return float(seconds + micros / 1e6)
 
-    def ring(self) -> None:
-        """Wake feeders that do not wait at Kafka."""
+    def ring(self, why: Literal["tasks", "lane"] = "tasks") -> None:
+        """Wake feeders that do not wait at Kafka, or have nodes look for a lane that has come into use."""
         with self._redis.use() as client:
-            client.xadd(self._redis.key("bell"), {"k": "tasks"}, maxlen=64, approximate=True)
+            client.xadd(self._redis.key("bell"), {"k": why}, maxlen=64, approximate=True)
 
     def find(self, name_or_id: str) -> str | None:
         """Return the id of a job, by its name or its id, or None."""
@@ -431,6 +433,7 @@ def _record(fields: dict[bytes, bytes], sending: bool, now: float, ttl: int) -> 
         parameters=tuple(filter(None, fields.get(b"parameters", b"").decode().split(","))),
         cancel=fields.get(b"cancel", b"").decode(),
         lost=count(b"lost"),
+        lane=msgspec.convert(fields.get(b"lane", b"normal").decode(), Lane),
     )
 
 

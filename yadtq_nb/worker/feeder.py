@@ -21,7 +21,7 @@ from yadtq_nb.backlog.connection import Topic, Topics
 from yadtq_nb.backlog.reader import OffsetLostError, Reader, Record
 from yadtq_nb.config import Config
 from yadtq_nb.errors import BacklogError, CodecError, FormatError, WorkbenchError
-from yadtq_nb.model import ChunkHead, Lease
+from yadtq_nb.model import ChunkHead, Lane, Lease
 from yadtq_nb.workbench.bench import Batch, Cursor, Fed, NotLiveError, Share, Workbench
 
 log = logging.getLogger(__name__)
@@ -55,13 +55,13 @@ class _Opened(msgspec.Struct, frozen=True):
 
 
 class Feeder:
-    """One thread that reads this node's partitions."""
+    """One thread that reads this node's partitions of one lane."""
 
     def __init__(
         self,
         config: Config,
         queue: str,
-        topic: Topic,
+        lane: Lane,
         workbench: Workbench,
         *,
         restore: Callable[[], None],
@@ -70,6 +70,7 @@ class Feeder:
         start: Callable[[Lease, Workbench], None],
         refuse: Callable[[Record, str, CodecError], None],
         settle: Callable[[float], bool],
+        found: Callable[[frozenset[Lane]], None],
         slots: int,
     ) -> None:
         """Take the parts that are passed in.
@@ -80,22 +81,27 @@ class Feeder:
             start: runs a leased chunk in a reserved slot.
             refuse: puts aside a record that cannot be fed, of this life of the topic.
             settle: waits so many seconds until what was put aside is safe, and tells whether it is.
+            found: is told which other lanes are in use.
             slots: how many this node has.
+
+        Raises:
+            BacklogError: Kafka cannot be reached.
         """
         self._config = config
-        self._topic = topic
+        self._topics = Topics(config, queue, lane)
+        self._topic = topic = self._topics.ensure()
+        self._look_at = 0.0
         self._bench = workbench
         self._queue = queue
         self._reader = Reader(config, queue, topic)
         self._long_seen_at = float("-inf")
-        self._topics = Topics(config, queue)
-        self._topic_seen_at = time.monotonic()
         self._restore = restore
         self._reserve = reserve
         self._unreserve = unreserve
         self._start = start
         self._refuse = refuse
         self._settle = settle
+        self._found = found
         #: True while something that was refused may not be safe yet.
         self._refused = False
         self._slots = slots
@@ -109,7 +115,7 @@ class Feeder:
         self._shares: list[Share] | None = None
         self._marks: dict[int, Cursor] = {}
         self._alive_at = time.monotonic()
-        self._thread = threading.Thread(target=self._run, name=f"yadtq-feeder-{queue}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"yadtq-feeder-{lane}", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
@@ -117,6 +123,16 @@ class Feeder:
 
     def ring(self) -> None:
         """Wake the feeder: there may be something to read. From any thread."""
+        self._rung.set()
+
+    @property
+    def partitions(self) -> int:
+        """How many the topic has."""
+        return self._topic.partitions
+
+    def look(self) -> None:
+        """Look at the topics now: another lane has come into use. From any thread."""
+        self._look_at = 0.0
         self._rung.set()
 
     def share(self, shares: list[Share], marks: dict[int, Cursor]) -> None:
@@ -153,7 +169,7 @@ class Feeder:
                 self._pause()
             except OffsetLostError as exc:
                 log.warning("partition %d cannot be read where the cursor is", exc.partition)
-                self._topic_seen_at = 0.0
+                self._look_at = 0.0
                 self._assigned = False
                 self._pause()
 
@@ -175,10 +191,16 @@ class Feeder:
     def _look_at_topic(self) -> None:
         """Notice that the topic was made again, or is gone: its records must not be taken for those of the old one."""
         now = time.monotonic()
-        if now - self._topic_seen_at < (_LOOK_WAKE if self._config.reading == "wake" else _LOOK_POLL):
+        if now < self._look_at:
             return
-        topic = self._topics.ensure()
-        self._topic_seen_at = now
+        # Before looking: what is asked for meanwhile must not be forgotten.
+        self._look_at = now + (_LOOK_WAKE if self._config.reading == "wake" else _LOOK_POLL)
+        try:
+            topic = self._topics.ensure()
+        except BacklogError:
+            self._look_at = 0.0
+            raise
+        self._found(self._topics.others)
         if topic.id != self._topic.id:
             log.warning("topic %s has been made again", topic.name)
             self._reader.close()

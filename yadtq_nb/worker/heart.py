@@ -10,11 +10,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeAlias
 
 from yadtq_nb.config import Config
 from yadtq_nb.errors import WorkbenchError
-from yadtq_nb.model import Lease, WorkerInfo
+from yadtq_nb.model import Lane, Lease, WorkerInfo
 from yadtq_nb.workbench.bench import Cursor, Heard, Share, Workbench
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,10 @@ _SETTLED: Final = 3.0
 _RENEW_COMMIT: Final = 3_600.0
 
 
+#: Lane and partition to what is finished there.
+Marks: TypeAlias = dict[tuple[Lane, int], Cursor]
+
+
 class Heart:
     """One thread that beats and reaps."""
 
@@ -32,12 +36,11 @@ class Heart:
         self,
         config: Config,
         workbench: Workbench,
-        partitions: int,
         *,
         info: Callable[[], WorkerInfo],
         leases: Callable[[], list[tuple[Lease, int]]],
-        polls: Callable[[], bool],
-        heard: Callable[[Heard, dict[int, Cursor]], None],
+        lanes: Callable[[], dict[Lane, tuple[int, bool]]],
+        heard: Callable[[Heard, Marks], None],
         reaped: Callable[[list[tuple[str, str]]], None],
     ) -> None:
         """Take the parts that are passed in.
@@ -45,21 +48,20 @@ class Heart:
         Args:
             info: what the node says of itself.
             leases: what it holds, with the offset that runs now, or -1.
-            polls: whether its feeder really reads.
+            lanes: which lanes it feeds: the partitions of each, and whether its feeder really reads.
             heard: is told the answer, and which marks are due to be committed.
             reaped: is told which chunks of which nodes went back to the line.
         """
         self._config = config
         self._bench = workbench
-        self._partitions = partitions
         self._info = info
         self._leases = leases
-        self._polls = polls
+        self._lanes = lanes
         self._heard = heard
         self._reaped = reaped
         self._run_id = ""
-        self._marks: collections.deque[tuple[float, dict[int, Cursor]]] = collections.deque()
-        self._committed: dict[int, Cursor] = {}
+        self._marks: collections.deque[tuple[float, Marks]] = collections.deque()
+        self._committed: Marks = {}
         self._renew_at = 0.0
         self._closing = False
         self._hurried = threading.Event()
@@ -89,7 +91,7 @@ class Heart:
         """
         # Asked before: a mark of before a restart in between must not be taken for one of after it.
         run_id = self._bench.run_id()
-        heard = self._bench.beat(self._info(), self._partitions, self._leases(), polls=self._polls())
+        heard = self._bench.beat(self._info(), self._lanes(), self._leases())
         self._heard(heard, self._due(heard.shares, run_id))
 
     def reap(self, dead: str = "") -> None:
@@ -130,7 +132,7 @@ class Heart:
 
         return next_turn
 
-    def _due(self, shares: list[Share], run_id: str) -> dict[int, Cursor]:
+    def _due(self, shares: list[Share], run_id: str) -> Marks:
         """Return the marks that Redis has on disk by now, to be committed.
 
         A mark of before a restart of Redis says nothing: what it calls finished may be forgotten.
@@ -139,13 +141,15 @@ class Heart:
         if run_id != self._run_id:
             self._run_id = run_id
             self._marks.clear()
-        self._marks.append((now, {share.partition: share.low for share in shares if share.low is not None}))
-        settled: dict[int, Cursor] = {}
+        self._marks.append(
+            (now, {(share.lane, share.partition): share.low for share in shares if share.low is not None})
+        )
+        settled: Marks = {}
         while self._marks and now - self._marks[0][0] >= _SETTLED:
             settled = self._marks.popleft()[1]
         if now >= self._renew_at:
             self._renew_at = now + _RENEW_COMMIT
             self._committed.clear()
-        due = {p: low for p, low in settled.items() if self._committed.get(p) != low}
+        due = {place: low for place, low in settled.items() if self._committed.get(place) != low}
         self._committed.update(due)
         return due

@@ -30,22 +30,21 @@ from typing import Any, Final
 import psutil
 
 from yadtq_nb import codec
-from yadtq_nb.backlog.connection import Topic
 from yadtq_nb.backlog.dead import Dead
 from yadtq_nb.backlog.publish import Publisher
 from yadtq_nb.backlog.reader import Record, replay_jobs
 from yadtq_nb.config import Config
 from yadtq_nb.errors import BacklogError, CodecError, TaskError, TooLargeError, WorkbenchError
-from yadtq_nb.model import Lease, Retry, WorkerInfo
+from yadtq_nb.model import Lane, Lease, Retry, WorkerInfo
 from yadtq_nb.slots.hints import wrong_python
 from yadtq_nb.slots.pool import Died, Outcomes, SlotPool
-from yadtq_nb.workbench.bench import Cursor, Heard, NotLiveError, Workbench
+from yadtq_nb.workbench.bench import Heard, NotLiveError, Workbench
 from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobStore
 from yadtq_nb.worker import crash
 from yadtq_nb.worker.blobs import BlobFiles
 from yadtq_nb.worker.feeder import Feeder
-from yadtq_nb.worker.heart import Heart
+from yadtq_nb.worker.heart import Heart, Marks
 from yadtq_nb.worker.restore import find_blob, restore_jobs
 
 log = logging.getLogger(__name__)
@@ -156,39 +155,46 @@ class Node:
         with contextlib.closing(JobStore(config, queue)) as store:
             store.check_secret()
         self._publisher = Publisher(config, queue)
-        topic = self._publisher.topic
         self._heart = Heart(
             config,
             Workbench(config, queue, self.id),
-            topic.partitions,
             info=self._info,
             leases=self._held,
-            polls=lambda: self._feeder.is_polling(),
+            lanes=lambda: {lane: (f.partitions, f.is_polling()) for lane, f in self._feeders.items()},
             heard=self._hear,
             reaped=self._tell_reaped,
         )
-        self._feeder = self._make_feeder(topic)
+        self._feeders: dict[Lane, Feeder] = {"normal": self._make_feeder("normal")}
         self._heart.beat()
         if self._predecessor:
             self._heart.reap(self._predecessor)
         self._heart.start()
-        self._feeder.start()
+        self._feeders["normal"].start()
         self._bell = threading.Thread(target=self._listen, name="yadtq-bell", daemon=True)
         self._bell.start()
         self._publisher.send_event("node started", node=self.id, host=socket.gethostname(), slots=self.slots)
 
-    def _make_feeder(self, topic: Topic) -> Feeder:
+    def _open_lanes(self, lanes: frozenset[Lane]) -> None:
+        """Feed these lanes too. Called by the feeder of the normal one, the first that looks."""
+        for lane in lanes - self._feeders.keys():
+            feeder = self._make_feeder(lane)
+            self._feeders = {**self._feeders, lane: feeder}
+            feeder.start()
+            self._heart.hurry()  # it shares out the partitions
+
+    def _make_feeder(self, lane: Lane) -> Feeder:
         return Feeder(
             self._config,
             self.queue,
-            topic,
-            Workbench(self._config, self.queue, self.id),
+            lane,
+            Workbench(self._config, self.queue, self.id, lane),
             restore=lambda: restore_jobs(self._config, self.queue, replay_jobs(self._config, self.queue)),
-            reserve=self._reserve,
+            reserve=lambda count: self._reserve(count, nested=lane == "nested"),
             unreserve=self._unreserve,
             start=self._start,
             refuse=self._refuse,
             settle=self._publisher.flush,
+            found=self._open_lanes,
             slots=self.slots,
         )
 
@@ -223,14 +229,17 @@ class Node:
             self._home.cleanup()
             return
         self._stopping.set()
-        self._feeder.close()
+        self._feeders["normal"].close()  # first: it opens the others
+        for lane, feeder in self._feeders.items():
+            if lane != "normal":
+                feeder.close()
         self._heart.close()
         self._bell.join()
         self.pool.stop(0.0)
         with contextlib.suppress(WorkbenchError):
             for lease in list(self._leases.values()):
                 self._bench.release(lease)
-            self._bench.beat(self._info("stopped"), 1, [], polls=False)
+            self._bench.beat(self._info("stopped"), {}, [])
         self._publisher.send_event("node stopped", node=self.id)
         self._publisher.close(1.0)
         self._bench.close()
@@ -240,14 +249,15 @@ class Node:
 
     def _take(self) -> None:
         """Fill free slots from the line of ready chunks, whoever fed them."""
-        free = self._reserve(self.slots)
+        lent = self.pool.lent()
+        free = self._reserve(self.slots + lent, nested=True)
         if not free:
             return
         leases: list[Lease] = []
         # Before looking: a bell that rings meanwhile must not be forgotten.
         self._may_take = False
         try:
-            leases, due = self._bench.take(free)
+            leases, due = self._bench.take(free, plain=max(0, free - lent))
             self._due_at = float("inf") if due is None else time.monotonic() + due
             if len(leases) == free:
                 self._may_take = True
@@ -259,11 +269,16 @@ class Node:
         for lease in leases:
             self._start(lease, self._bench)
 
-    def _reserve(self, count: int) -> int:
-        """Claim free slots, unless this node takes nothing now. Called by the main thread and by the feeder."""
+    def _reserve(self, count: int, *, nested: bool) -> int:
+        """Claim free slots, unless this node takes nothing now. Called by the main thread and by the feeders.
+
+        Args:
+            nested: the lent ones, too. These are kept for nested jobs: with others, each of which might lend its slot
+                again, a node would start more and more of what it cannot finish.
+        """
         if self._stopping.is_set() or time.monotonic() < self._rest_until:
             return 0
-        return self.pool.reserve(count)
+        return self.pool.reserve(count, lent=nested)
 
     def _unreserve(self, count: int) -> None:
         """Give back what the feeder had claimed; the main thread may have found no slot meanwhile."""
@@ -442,8 +457,10 @@ class Node:
         with self._leases_lock:
             return [(lease, running[id][1] if id in running else -1) for id, lease in self._leases.items()]
 
-    def _hear(self, heard: Heard, marks: dict[int, Cursor]) -> None:
-        self._feeder.share(heard.shares, marks)
+    def _hear(self, heard: Heard, marks: Marks) -> None:
+        for lane, feeder in self._feeders.items():
+            shares = [share for share in heard.shares if share.lane == lane]
+            feeder.share(shares, {p: mark for (of, p), mark in marks.items() if of == lane})
         self._stop_lost(heard.lost)
         self._stop_dropped(heard.dropped)
         if heard.ready and not self._may_take:
@@ -516,15 +533,18 @@ class Node:
         bench, position = Workbench(self._config, self.queue, self.id), "0-0"
         while not self._stopping.is_set():
             try:
-                rung, cancelled = bench.wait_for_bell(position, 1.0)
+                rung, why = bench.wait_for_bell(position, 1.0)
             except WorkbenchError:
                 self._stopping.wait(_PAUSE)
                 continue
-            if cancelled:
+            if "cancel" in why:
                 self._heart.hurry()
+            if "lane" in why:
+                self._feeders["normal"].look()
             if rung != position:
                 position = rung
-                self._feeder.ring()
+                for feeder in self._feeders.values():
+                    feeder.ring()
                 self._may_take = True
                 self.pool.wake()
         bench.close()
@@ -538,7 +558,7 @@ class Node:
             host=socket.gethostname(),
             pid=os.getpid(),
             slots=self.slots,
-            busy=len(running),
+            busy=max(0, len(running) - self.pool.lent()),
             done=self._done,
             started=self._started,
             python=f"{sys.version_info.major}.{sys.version_info.minor}",

@@ -1,15 +1,16 @@
 #!lua flags=allow-oom
 -- beat: a node's sign of life. Renews just the leases that it names, and shares out the partitions.
 -- A lease that is not named lapses: the reply that granted it was lost, and nobody runs it.
--- ARGV: node, info, lease, number of partitions, '1' if its feeder polls, leases (packed {{id, token, offset}...}).
-local node, info, lease, partitions, polls = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5] == '1'
+-- ARGV: node, info, lease, lanes that it reads (packed {lane = {number of partitions, whether its feeder polls}}),
+-- leases (packed {{id, token, offset}...}).
+local node, info, lease = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local now = server_time()
 local lost, dropped = {}, {}
 
 redis.call('ZADD', key('beats'), now, node)
 redis.call('HSET', key('nodes'), node, info)
 redis.call('SREM', key('dead'), node)
-for _, named in ipairs(cmsgpack.unpack(ARGV[6])) do
+for _, named in ipairs(cmsgpack.unpack(ARGV[5])) do
   local chunk = read_chunk(named[1])
   local held = chunk and holds(chunk, node, named[2])
   if held and has_ended(chunk.job) then
@@ -30,49 +31,62 @@ for _, named in ipairs(cmsgpack.unpack(ARGV[6])) do
   end
 end
 
-if polls then
-  redis.call('SADD', key('feeders'), node)
-else
-  redis.call('SREM', key('feeders'), node)
-end
-local live, feeders = {}, 0
-for _, other in ipairs(redis.call('ZRANGEBYSCORE', key('beats'), now - lease, '+inf')) do
-  if redis.call('SISMEMBER', key('feeders'), other) == 1 then
-    live[other], feeders = true, feeders + 1
+-- Partitions are shared out lane by lane, among the nodes that read them.
+local function share_out(lane, partitions, polls)
+  local key_of_feeders, key_of_owners = lane_key('feeders', lane), lane_key('partitions', lane)
+  if polls then
+    redis.call('SADD', key_of_feeders, node)
+  else
+    redis.call('SREM', key_of_feeders, node)
   end
-end
-local owners = {}
-local flat = redis.call('HGETALL', key('partitions'))
-for i = 1, #flat, 2 do
-  owners[flat[i]] = flat[i + 1]
-end
-local fair = feeders > 0 and math.ceil(partitions / feeders) or 0
-local share, owned = polls and fair or 0, {}
-for p = 0, partitions - 1 do
-  if owners[tostring(p)] == node then
-    if #owned < share then
-      owned[#owned + 1] = p
-    else
-      redis.call('HDEL', key('partitions'), p)
+  local live, feeders = {}, 0
+  for _, other in ipairs(redis.call('ZRANGEBYSCORE', key('beats'), now - lease, '+inf')) do
+    if redis.call('SISMEMBER', key_of_feeders, other) == 1 then
+      live[other], feeders = true, feeders + 1
     end
   end
-end
-for p = 0, partitions - 1 do
-  local owner = owners[tostring(p)]
-  if #owned < share and owner ~= node and not (owner and live[owner]) then
-    redis.call('HSET', key('partitions'), p, node)
-    owned[#owned + 1] = p
+  local owners = {}
+  local flat = redis.call('HGETALL', key_of_owners)
+  for i = 1, #flat, 2 do
+    owners[flat[i]] = flat[i + 1]
   end
+  local fair = feeders > 0 and math.ceil(partitions / feeders) or 0
+  local share, owned = polls and fair or 0, {}
+  for p = 0, partitions - 1 do
+    if owners[tostring(p)] == node then
+      if #owned < share then
+        owned[#owned + 1] = p
+      else
+        redis.call('HDEL', key_of_owners, p)
+      end
+    end
+  end
+  for p = 0, partitions - 1 do
+    local owner = owners[tostring(p)]
+    if #owned < share and owner ~= node and not (owner and live[owner]) then
+      redis.call('HSET', key_of_owners, p, node)
+      owned[#owned + 1] = p
+    end
+  end
+  return owned
 end
 
-local marks = {}
-for i, p in ipairs(owned) do
-  local cursor = redis.call('HGET', key('cursor'), p) or ''
-  local low = ''
-  local topic, offset = cursor:match('^(.*):(%d+)$')
-  if topic then
-    low = topic .. ':' .. (redis.call('ZRANGE', key('position:' .. topic .. ':' .. p), 0, 0)[1] or offset)
+local marks, ready = {}, 0
+local named = cmsgpack.unpack(ARGV[4])
+for _, lane in ipairs(LANES) do
+  ready = ready + redis.call('LLEN', lane_key('ready', lane))
+  local partitions, polls = 0, false
+  if named[lane] then
+    partitions, polls = named[lane][1], named[lane][2]
   end
-  marks[i] = {p, cursor, low}
+  for _, p in ipairs(share_out(lane, partitions, polls)) do
+    local cursor = redis.call('HGET', lane_key('cursor', lane), p) or ''
+    local low = ''
+    local topic, offset = cursor:match('^(.*):(%d+)$')
+    if topic then
+      low = topic .. ':' .. (redis.call('ZRANGE', key('position:' .. topic .. ':' .. p), 0, 0)[1] or offset)
+    end
+    marks[#marks + 1] = {lane, p, cursor, low}
+  end
 end
-return {lost, marks, redis.call('LLEN', key('ready')), dropped}
+return {lost, marks, ready, dropped}

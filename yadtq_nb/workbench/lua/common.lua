@@ -7,6 +7,13 @@ local function key(name)
   return prefix .. ':' .. name
 end
 
+-- Each lane has a topic of its own in Kafka, and cursors, feeders and a line here. In the order in which they are served.
+local LANES = {'nested', 'high', 'normal', 'low'}
+
+local function lane_key(name, lane)
+  return key(lane == 'normal' and name or (name .. ':' .. lane))
+end
+
 local function job_key(job, part)
   return prefix .. ':job:' .. job .. (part and (':' .. part) or '')
 end
@@ -23,7 +30,7 @@ local function is_live(node, now, lease)
   return beat and now - tonumber(beat) < lease and redis.call('SISMEMBER', key('dead'), node) == 0
 end
 
--- An open chunk: job, number, first, count, weight (of the job's running counter), size (bytes), left, seq,
+-- An open chunk: lane, job, number, first, count, weight (of the job's running counter), size (bytes), left, seq,
 -- done ('' or one '0'/'1' a task), owner, token, lapses, crashes (offset -> times), positions in Kafka; once a task was
 -- to be tried again: tries (offset -> times), due (offset -> when), notes (offset -> what it raised, attempt by attempt);
 -- once some of its tasks were cancelled: dropped (their offsets).
@@ -84,9 +91,18 @@ local function wait_until(id, due)
   redis.call('ZADD', key('delayed'), due, id)
 end
 
+local function count_ready_bytes(chunk, sign)
+  redis.call('INCRBY', lane_key('ready_bytes', chunk.lane), sign * chunk.size)
+end
+
 local function put_in_front(id, chunk)
-  redis.call('LPUSH', key('ready'), id)
-  redis.call('INCRBY', key('ready_bytes'), chunk.size)
+  redis.call('LPUSH', lane_key('ready', chunk.lane), id)
+  count_ready_bytes(chunk, 1)
+end
+
+local function put_at_end(id, chunk)
+  redis.call('RPUSH', lane_key('ready', chunk.lane), id)
+  count_ready_bytes(chunk, 1)
 end
 
 -- Back to the front of the line: it has waited already. One whose tasks all wait for their next attempt waits aside.
@@ -166,15 +182,16 @@ local function cancel_job(job, reason, now, keep)
   redis.call('HSET', name, 'id', job, 'cancel', reason, 'cancelled', total - done, 'total', total, 'sealed', 1)
   end_job(job, now, keep)
   local mine = job .. ':'
-  local kept, dropped, bytes = {}, {}, 0
-  for _, id in ipairs(redis.call('LRANGE', key('ready'), 0, -1)) do
+  local kept, dropped = {}, {}
+  local line = lane_key('ready', redis.call('HGET', name, 'lane') or 'normal')
+  for _, id in ipairs(redis.call('LRANGE', line, 0, -1)) do
     local to = id:sub(1, #mine) == mine and dropped or kept
     to[#to + 1] = id
   end
   if #dropped > 0 then
-    redis.call('DEL', key('ready'))
+    redis.call('DEL', line)
     for i = 1, #kept, 1000 do
-      redis.call('RPUSH', key('ready'), unpack(kept, i, math.min(i + 999, #kept)))
+      redis.call('RPUSH', line, unpack(kept, i, math.min(i + 999, #kept)))
     end
   end
   for _, id in ipairs(redis.call('ZRANGE', key('delayed'), 0, -1)) do
@@ -188,9 +205,10 @@ local function cancel_job(job, reason, now, keep)
   end
   for _, id in ipairs(dropped) do
     local chunk = read_chunk(id)
-    bytes = bytes + (chunk and chunk.size or 0)
+    if chunk then
+      count_ready_bytes(chunk, -1)
+    end
   end
-  redis.call('DECRBY', key('ready_bytes'), bytes)
   tell(job, 'f', '', 'n', total - done, 'e', 1, 'c', reason)
   redis.call('XADD', key('bell'), 'MAXLEN', '~', 64, '*', 'k', 'cancel')
   return total - done
@@ -223,7 +241,7 @@ end
 -- outcomes went with the workbench, or their record could not be read.
 local function end_if_lost(job, now, keep, doubt)
   local name = job_key(job)
-  local f = redis.call('HMGET', name, 'total', 'fed', 'succeeded', 'failed', 'cancelled', 'ends', 'doubted')
+  local f = redis.call('HMGET', name, 'total', 'fed', 'succeeded', 'failed', 'cancelled', 'ends', 'doubted', 'lane')
   if not f[1] then
     redis.call('SREM', key('sealed'), job)
     return
@@ -233,7 +251,7 @@ local function end_if_lost(job, now, keep, doubt)
   local passed = done >= fed and done < total
   for place, offset in pairs(passed and cmsgpack.unpack(f[6]) or {}) do
     local topic, partition = place:match('^(.*)/(%d+)$')
-    local cursor = redis.call('HGET', key('cursor'), partition)
+    local cursor = redis.call('HGET', lane_key('cursor', f[8] or 'normal'), partition)
     local life, at = (cursor or ''):match('^(.*):(%d+)$')
     passed = passed and cursor and (life ~= topic or tonumber(at) >= offset)
   end
@@ -256,8 +274,8 @@ end
 local function close_chunk(id, chunk, keep)
   if chunk.owner then
     revoke(id, chunk)
-  elseif redis.call('LREM', key('ready'), 1, id) == 1 then
-    redis.call('DECRBY', key('ready_bytes'), chunk.size)
+  elseif redis.call('LREM', lane_key('ready', chunk.lane), 1, id) == 1 then
+    count_ready_bytes(chunk, -1)
   end
   forget(id, chunk)
   redis.call('SETBIT', job_key(chunk.job, 'finished'), chunk.number, 1)

@@ -1,6 +1,6 @@
 #!lua
 -- create: claim a name for a job. Returns the id that holds the name, so that the caller sees whether it is its own.
--- ARGV: id, name, function, created, total, style, client, keep, parameter names, deadline (0 for none).
+-- ARGV: id, name, function, created, total, style, client, keep, parameter names, deadline (0 for none), lane.
 local id, name = ARGV[1], ARGV[2]
 local name_key = key('name:' .. name)
 local holder = redis.call('GET', name_key)
@@ -9,7 +9,7 @@ if holder and holder ~= id and redis.call('EXISTS', job_key(holder)) == 1 then
 end
 redis.call('SET', name_key, id, 'EX', tonumber(ARGV[8]) * 4)
 if redis.call('HSETNX', job_key(id), 'name', name) == 1 then
-  redis.call('HSET', job_key(id), 'id', id, 'function', ARGV[3], 'created', ARGV[4], 'style', ARGV[6], 'client', ARGV[7], 'parameters', ARGV[9])
+  redis.call('HSET', job_key(id), 'id', id, 'function', ARGV[3], 'created', ARGV[4], 'style', ARGV[6], 'client', ARGV[7], 'parameters', ARGV[9], 'lane', ARGV[11])
   -- Its seal may have come before, when Redis had lost the job.
   redis.call('HSETNX', job_key(id), 'total', ARGV[5])
   redis.call('HSETNX', job_key(id), 'sealed', 0)

@@ -2,17 +2,28 @@
 -- feed: put chunks that were read from Kafka on the workbench, and lease some to the feeder's own node.
 -- Without it a chunk would be lost or doubled when a partition changes hands: a batch counts only if the cursor kept
 -- here equals the offset it was read from, neither behind nor ahead.
--- ARGV: node, lease, free slots, most ready chunks (-1), most ready bytes (-1), keep, groups (packed), then the records.
+-- ARGV: node, lease, free slots, most ready chunks (-1), most ready bytes (-1), keep, groups (packed), lane, then the records.
 -- group: {partition, topic id, expected, next, {{job, number, first, count, weight, offset, job name, function, total, created, style, start after}...}}
 local node, lease, free = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local most_chunks, most_bytes, keep = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local groups = cmsgpack.unpack(ARGV[7])
 local now = server_time()
-local replies, leases, record = {}, {}, 7
+local lane = ARGV[8]
+local replies, leases, record = {}, {}, 8
 local added = false
 
 if not is_live(node, now, lease) then
   return {'lapsed', {}, {}}
+end
+
+-- What waits already, in this line or in one that is served before it, comes first.
+for _, other in ipairs(free > 0 and LANES or {}) do
+  if redis.call('LLEN', lane_key('ready', other)) > 0 then
+    free = 0
+  end
+  if other == lane or free == 0 then
+    break
+  end
 end
 
 -- What is known of the jobs in this feed, read once for each, and counted here until the end.
@@ -26,7 +37,7 @@ local function job_of(c)
     job = {name = name, known = f[1], ended = f[2], dropped = f[3], bytes = 0, fed = 0, running = 0, spans = ''}
     jobs[c[1]] = job
     if not job.known then
-      redis.call('HSET', name, 'id', c[1], 'name', c[7], 'function', c[8], 'created', c[10], 'style', c[11])
+      redis.call('HSET', name, 'id', c[1], 'name', c[7], 'function', c[8], 'created', c[10], 'style', c[11], 'lane', lane)
       -- Its seal may have come before, when Redis had lost the job.
       redis.call('HSETNX', name, 'total', c[9])
       redis.call('HSETNX', name, 'sealed', c[9] >= 0 and 1 or 0)
@@ -59,7 +70,7 @@ local function add(id, c, job, position, data)
   job.bytes, job.fed = job.bytes + #data, job.fed + c[4]
   job.spans = job.spans .. struct.pack('<I4I4I4', c[2], c[3], c[4])
   local chunk = {
-    job = c[1], number = c[2], first = c[3], count = c[4], weight = c[5], size = #data,
+    lane = lane, job = c[1], number = c[2], first = c[3], count = c[4], weight = c[5], size = #data,
     left = c[4], seq = 0, done = '', lapses = 0, crashes = {}, positions = {position},
   }
   if job.dropped then
@@ -87,22 +98,26 @@ local function add(id, c, job, position, data)
     leases[#leases + 1] = {id, grant(id, chunk, node, now + lease)}
   else
     write_chunk(id, chunk)
-    redis.call('RPUSH', key('ready'), id)
-    redis.call('INCRBY', key('ready_bytes'), #data)
+    if lane == 'nested' then
+      -- The last first: whoever waits for it has begun, and is waited for by who came before.
+      put_in_front(id, chunk)
+    else
+      put_at_end(id, chunk)
+    end
     added = true
   end
 end
 
 for g, group in ipairs(groups) do
   local partition, topic, expected, chunks = group[1], group[2], group[3], group[5]
-  local cursor = redis.call('HGET', key('cursor'), partition)
+  local cursor = redis.call('HGET', lane_key('cursor', lane), partition)
   local status = 'fed'
   if not cursor then
     status = 'no cursor'
   elseif cursor ~= topic .. ':' .. expected then
     status = 'moved'
-  elseif (most_chunks >= 0 and redis.call('LLEN', key('ready')) >= most_chunks)
-      or (most_bytes >= 0 and tonumber(redis.call('GET', key('ready_bytes')) or 0) >= most_bytes) then
+  elseif (most_chunks >= 0 and redis.call('LLEN', lane_key('ready', lane)) >= most_chunks)
+      or (most_bytes >= 0 and tonumber(redis.call('GET', lane_key('ready_bytes', lane)) or 0) >= most_bytes) then
     status = 'full'
   end
   for _, c in ipairs(chunks) do
@@ -128,7 +143,7 @@ for g, group in ipairs(groups) do
   end
   if status == 'fed' then
     cursor = topic .. ':' .. group[4]
-    redis.call('HSET', key('cursor'), partition, cursor)
+    redis.call('HSET', lane_key('cursor', lane), partition, cursor)
   end
   replies[g] = {status, cursor or ''}
 end

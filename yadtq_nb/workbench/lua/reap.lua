@@ -17,7 +17,9 @@ else
   held = redis.call('ZRANGEBYSCORE', key('leases'), '-inf', now)
 end
 if dead ~= '' then
-  redis.call('SREM', key('feeders'), dead)
+  for _, lane in ipairs(LANES) do
+    redis.call('SREM', lane_key('feeders', lane), dead)
+  end
   redis.call('SADD', key('dead'), dead)
 end
 for _, id in ipairs(held) do
@@ -69,7 +71,9 @@ end
 for _, node in ipairs(redis.call('ZRANGEBYSCORE', key('beats'), '-inf', now - 86400)) do
   redis.call('ZREM', key('beats'), node)
   redis.call('HDEL', key('nodes'), node)
-  redis.call('SREM', key('feeders'), node)
+  for _, lane in ipairs(LANES) do
+    redis.call('SREM', lane_key('feeders', lane), node)
+  end
   redis.call('SREM', key('dead'), node)
 end
 return told

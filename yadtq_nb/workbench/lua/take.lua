@@ -1,7 +1,8 @@
 #!lua flags=allow-oom
 -- take: lease ready chunks to a node with free slots, whoever fed them. Tells when the next of those that wait is due.
--- ARGV: node, lease, how many.
-local node, lease, wanted = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+-- ARGV: node, lease, how many, how many of them at most if others than nested ones are among them: what a slot that
+-- waits for a nested job lends is for these.
+local node, lease, wanted, plain = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local now = server_time()
 local taken = {}
 
@@ -9,15 +10,12 @@ if not is_live(node, now, lease) then
   return {'lapsed', {}, ''}
 end
 wake_delayed(now)
-while #taken < wanted do
-  local id = redis.call('LPOP', key('ready'))
-  if not id then
-    break
-  end
-  local chunk = read_chunk(id)
+local function take_next(lane)
+  local id = redis.call('LPOP', lane_key('ready', lane))
+  local chunk = id and read_chunk(id)
   -- Closed or leased meanwhile: its place in the line is stale.
   if chunk and not chunk.owner then
-    redis.call('DECRBY', key('ready_bytes'), chunk.size)
+    count_ready_bytes(chunk, -1)
     local data = not has_ended(chunk.job) and redis.call('HGET', job_key(chunk.job, 'in'), chunk.number)
     if data then
       local token = grant(id, chunk, node, now + lease)
@@ -34,6 +32,13 @@ while #taken < wanted do
       -- Its job was cancelled or has expired: nobody asks for it any more.
       forget(id, chunk)
     end
+  end
+  return id
+end
+
+for _, lane in ipairs(LANES) do
+  local most = lane == 'nested' and wanted or plain
+  while #taken < most and take_next(lane) do
   end
 end
 local next = redis.call('ZRANGE', key('delayed'), 0, 0, 'WITHSCORES')[2]
