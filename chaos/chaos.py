@@ -33,6 +33,7 @@ from ground import QUEUE, Ground, MissedError
 
 from yadtq_nb.backlog.connection import Topics
 from yadtq_nb.errors import YadtqError
+from yadtq_nb.model import LANES, Lane
 from yadtq_nb.workbench.jobs import JobStore
 
 #: Clients that send at a time, and rounds of two jobs that each sends.
@@ -86,6 +87,7 @@ class Run:
         self.plan = [fault for fault in faults.draw_plan(seed, self._seconds, every=every) if only in fault.kind]
         self.ground = Ground(stack, directory)
         self._store = JobStore(self.ground.cluster.config, QUEUE)
+        self._topics: dict[Lane, Topics] = {}
         self._done: Counter[str] = Counter()
         self._missed: Counter[str] = Counter()
         self._broken: list[str] = []
@@ -193,17 +195,21 @@ class Run:
         found = {
             "open": client.hlen(f"{prefix}:open"),
             "leases": client.zcard(f"{prefix}:leases"),
-            "ready bytes": int(client.get(f"{prefix}:ready_bytes") or 0),
+            "ready bytes": sum(int(client.get(key) or 0) for key in client.scan_iter(f"{prefix}:ready_bytes*")),
             "at": client.hlen(f"{prefix}:at"),
             "positions": sum(client.zcard(key) for key in client.scan_iter(f"{prefix}:position:*")),
         }
-        topics = Topics(self.ground.cluster.config, QUEUE)
-        topic = topics.ensure()
-        cursors = self._store.cursors()
-        fed = {p: c.offset for p, c in cursors.items() if c.topic_id == topic.id}
-        # Of batches of several records Tansu says a smaller end than it has.
-        found["not fed"] = sum(max(0, end - fed.get(p, 0)) for p, end in topics.ends(topic).items())
+        found["not fed"] = sum(map(self._not_fed, LANES))
         return found
+
+    def _not_fed(self, lane: Lane) -> int:
+        if lane not in self._topics:
+            self._topics[lane] = Topics(self.ground.cluster.config, QUEUE, lane)
+        topics = self._topics[lane]
+        topic = topics.ensure()
+        fed = {p: c.offset for p, c in self._store.cursors(lane).items() if c.topic_id == topic.id}
+        # Of batches of several records Tansu says a smaller end than it has.
+        return sum(max(0, end - fed.get(p, 0)) for p, end in topics.ends(topic).items())
 
     # Afterwards.
 

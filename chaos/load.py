@@ -21,7 +21,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
-from yadtq_nb import BacklogError, JobIncompleteError, JobNotFoundError, JobTimeoutError, Queue, WorkbenchError
+from yadtq_nb import (
+    BacklogError,
+    JobCancelledError,
+    JobIncompleteError,
+    JobNotFoundError,
+    JobTimeoutError,
+    Queue,
+    WorkbenchError,
+)
 
 #: (index, seconds that it takes, what it does beside, bytes that it is given and gives back)
 Item = tuple[int, float, str, bytes]
@@ -62,12 +70,15 @@ def act(audit: str, job: str, item: Item) -> Any:
         raise ValueError(f"{job} {index} fails on purpose")
     if deed == "exit":
         os._exit(3)
-    if deed == "crash":
+    if deed in ("crash", "flake"):
         try:
             os.close(os.open(f"{audit}.{job}.{index}", os.O_CREAT | os.O_EXCL))
-            os.kill(os.getpid(), signal.SIGKILL)
         except FileExistsError:
-            pass  # it has crashed once
+            pass  # it has failed once
+        else:
+            if deed == "flake":
+                raise ConnectionError(f"{job} {index} fails once")
+            os.kill(os.getpid(), signal.SIGKILL)
     value = zlib.crc32(f"{job} {index}".encode())
     return (value, payload[::-1]) if payload else value
 
@@ -76,6 +87,13 @@ def work(item: Item, *, audit: str, job: str) -> Any:
     """A task."""
     note(audit, job, item[0])
     time.sleep(item[1])
+    return act(audit, job, item)
+
+
+def work_below(item: Item, *, audit: str, job: str, queue: Queue) -> Any:
+    """A task that sends a job and waits for it."""
+    note(audit, job, item[0])
+    assert queue.map(abs, range(-3, 0)).results() == [3, 2, 1]
     return act(audit, job, item)
 
 
@@ -92,8 +110,8 @@ async def work_together(item: Item, *, audit: str, job: str) -> Any:
 def expected(job: str, item: Item) -> str:
     """Return the only outcome that is right, as digest() writes it."""
     index, _, deed, payload = item
-    if deed in ("raise", "exit"):
-        return "ValueError" if deed == "raise" else "TaskCrashedError"
+    if deed in ("raise", "exit", "late"):
+        return {"raise": "ValueError", "exit": "TaskCrashedError", "late": "TaskTimeoutError"}[deed]
     value = zlib.crc32(f"{job} {index}".encode())
     return digest((value, payload[::-1]) if payload else value)
 
@@ -107,16 +125,26 @@ def digest(outcome: Any) -> str:
 
 # Shapes of jobs. Another one is a function here that returns its items.
 
-SHAPES: Final[dict[str, tuple[Callable[[random.Random], list[Item]], str, Any]]] = {}
+SHAPES: Final[dict[str, tuple[Callable[[random.Random], list[Item]], str, dict[str, Any]]]] = {}
 
 
-def shape(how: str = "list", chunksize: Any = "auto") -> Callable[[Callable[[random.Random], list[Item]]], None]:
-    """Register a shape. how: "list", "drawn" (an iterator), "together" (coroutines) or "single" (submit)."""
+def shape(how: str = "list", **options: Any) -> Callable[[Callable[[random.Random], list[Item]]], None]:
+    """Register a shape, with its options of map.
+
+    Args:
+        how: "list", "drawn" (an iterator), "together" (coroutines), "below" (tasks that wait for jobs of their own),
+            "cancelled" (by its client, after a while) or "single" (submit).
+    """
 
     def register(items: Callable[[random.Random], list[Item]]) -> None:
-        SHAPES[items.__name__] = (items, how, chunksize)
+        SHAPES[items.__name__] = (items, how, options)
 
     return register
+
+
+def shape_of(job: str) -> str:
+    """Return the name of a job's shape, which its own name says."""
+    return job.split("-")[-1]
 
 
 @shape()
@@ -167,6 +195,33 @@ def large(rng: random.Random) -> list[Item]:
     return [(i, 0.01, "", rng.randbytes(1_200_000 if i == huge else 30_000)) for i in range(30)]
 
 
+@shape(chunksize=4, retries=3, backoff=0.2, retry_on=ConnectionError)
+def flaky(rng: random.Random) -> list[Item]:
+    return [(i, 0.01, rng.choice(["", "flake", "flake", "raise"]), b"") for i in range(40)]
+
+
+# Longer than anybody is frozen: only what is late on purpose is to be late.
+@shape(chunksize=5, timeout=12.0)
+def late(rng: random.Random) -> list[Item]:
+    doomed = rng.randrange(10)
+    return [(i, 120.0 if i == doomed else 0.01, "late" if i == doomed else "", b"") for i in range(10)]
+
+
+@shape(priority="high")
+def urgent(rng: random.Random) -> list[Item]:
+    return [(i, rng.uniform(0.0, 0.02), "", b"") for i in range(60)]
+
+
+@shape("below", chunksize=1)
+def below(_: random.Random) -> list[Item]:
+    return [(i, 0.0, "", b"") for i in range(4)]
+
+
+@shape("cancelled", priority="low")
+def cancelled(rng: random.Random) -> list[Item]:
+    return [(i, rng.uniform(0.01, 0.2), "", b"") for i in range(300)]
+
+
 @shape("drawn")
 def drawn(rng: random.Random) -> list[Item]:
     return [(i, rng.uniform(0.0, 0.01), "", b"") for i in range(400)]
@@ -179,7 +234,7 @@ def single(rng: random.Random) -> list[Item]:
 
 def items_of(job: str) -> list[Item]:
     """Return the items of a job, which its name says."""
-    return SHAPES[job.split("-")[-1]][0](random.Random(job))
+    return SHAPES[shape_of(job)][0](random.Random(job))
 
 
 # A client.
@@ -205,20 +260,25 @@ class Client:
             names = [f"{seed}-{client}-{number}-{shape}" for shape in rng.sample(sorted(SHAPES), 2)]
             sent = [(name, job) for name in names if (job := self._send_one(name)) is not None]
             for name, job in sent:
+                if SHAPES[shape_of(name)][1] == "cancelled":
+                    job.wait(rng.uniform(0.0, 2.0))
+                    patiently(job.cancel)
                 self.say("done", name, outcomes=self._outcomes(job))
 
     def _send_one(self, name: str) -> Any:
-        items, how = items_of(name), SHAPES[name.split("-")[-1]][1]
-        given = {"audit": self._audit, "job": name}
+        _, how, options = SHAPES[shape_of(name)]
+        items = items_of(name)
+        given: dict[str, Any] = {"audit": self._audit, "job": name}
         self.say("sends", name)
         asked = time.monotonic()
         try:
             if how == "single":
                 job = self._queue.options(name=name).submit(work, items[0], **given).job
             else:
-                fn = work_together if how == "together" else work
+                fn = {"together": work_together, "below": work_below}.get(how, work)
+                given |= {"queue": self._queue} if how == "below" else {}
                 source: Iterable[Item] = iter(items) if how == "drawn" else items
-                job = self._queue.map(fn, source, name=name, kwargs=given, chunksize=SHAPES[name.split("-")[-1]][2])
+                job = self._queue.map(fn, source, name=name, kwargs=given, **options)
         except (WorkbenchError, BacklogError) as exc:
             # A server was away for longer than a call waits: said, and for the checker to judge.
             self.say("refused", name, after=time.monotonic() - asked, error=str(exc))
@@ -247,6 +307,8 @@ class Client:
         while True:
             try:
                 self.say("done", name, outcomes=self._outcomes(job, 5.0))
+                return
+            except JobCancelledError:
                 return
             except JobIncompleteError:
                 self.say("incomplete", name, outcomes=[digest(value) for value in job.results(0.0, errors="skip")])

@@ -39,6 +39,7 @@ def outcome_of_all(check: ModuleType) -> tuple[object, Counter[tuple[str, int]]]
         total=len(items),
         sealed=True,
         ended=True,
+        cancelled=False,
         succeeded=len(items) - failed,
         failed=failed,
         fed=len(items),

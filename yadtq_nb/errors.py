@@ -24,7 +24,8 @@ YadtqError
     ├── TooLargeError (ValueError)      its argument or result is larger than Redis takes
     └── ResultPickleError               its result cannot be pickled
 
-A task's own exception is raised as itself, with a RemoteTraceback as its cause.
+A task's own exception is raised as itself, with a RemoteTraceback as its cause. Ctrl-C while a job is waited for raises
+JobInterrupt, which is a KeyboardInterrupt.
 """
 
 from __future__ import annotations
@@ -101,6 +102,10 @@ class QueueClosedError(JobError):
 
 class JobIncompleteError(JobError):
     """The client died while it was still sending items, or its iterator raised, so later items are missing."""
+
+
+class JobInterrupt(KeyboardInterrupt):
+    """Ctrl-C, or an interrupted kernel, while a job was waited for: the job goes on."""
 
 
 class JobCancelledError(JobError):

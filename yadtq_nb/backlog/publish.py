@@ -49,6 +49,8 @@ _PAUSE: Final = 0.2
 #: Seconds between looks at what has been fed, from a broker that forgets it when it is restarted, and from others.
 _LOOK_WAKE: Final = 0.1
 _LOOK_POLL: Final = 1.0
+#: Seconds between such looks while someone waits for it.
+_LOOK_SOON: Final = 0.005
 #: Bytes that are held beside a broker that has them on disk: only a topic that is deleted takes them away there.
 _HELD: Final = 64 * 1024 * 1024
 
@@ -117,6 +119,7 @@ class Publisher:
         self._fed = fed
         self._forgets = config.reading == "wake"
         self._fed_seen_at = 0.0
+        self._looking = threading.Lock()
         #: Partition -> where the next record of this life of the topic lies at least, on a broker that forgets.
         self._floor: dict[int, int] = {}
         self._broken = threading.Event()
@@ -164,8 +167,13 @@ class Publisher:
 
     def settle(self, timeout: float) -> bool:
         """Wait until everything is safe: acknowledged, and fed where the broker keeps it in memory only."""
+        deadline = time.monotonic() + timeout
+        while self._forgets and self.flush(0.0) and self._unsafe and time.monotonic() < deadline:
+            self._look_what_is_fed()
+            time.sleep(_LOOK_SOON)
         with self._empty:
-            return self._empty.wait_for(lambda: not self._letters and not (self._forgets and self._unsafe), timeout)
+            left = max(0.0, deadline - time.monotonic())
+            return self._empty.wait_for(lambda: not self._letters and not (self._forgets and self._unsafe), left)
 
     def close(self, timeout: float = TIMEOUT) -> bool:
         """Flush and stop. False when some records were not taken."""
@@ -308,6 +316,10 @@ class Publisher:
 
     def _look_what_is_fed(self) -> None:
         """Let go of what has reached the workbench, and send again what the broker has forgotten before that."""
+        with self._looking:
+            self._look()
+
+    def _look(self) -> None:
         assert self._fed is not None  # or nothing would be unsafe
         self._fed_seen_at, seen = time.monotonic(), len(self._unsafe)
         try:

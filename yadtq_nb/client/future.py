@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from typing import Any, Protocol
 
 from yadtq_nb import lending
+from yadtq_nb.errors import JobInterrupt
 from yadtq_nb.model import State
+
+
+@contextlib.contextmanager
+def waiting(job: str) -> Iterator[None]:
+    """Wait for a job in the block: a task's slot is lent meanwhile, and Ctrl-C says that the job goes on.
+
+    Raises:
+        JobInterrupt: Ctrl-C, or the kernel was interrupted.
+    """
+    try:
+        with lending.waiting():
+            yield
+    except KeyboardInterrupt:
+        raise JobInterrupt(
+            f"job {job!r} goes on: end it with job.cancel(), or wait for it again, here or elsewhere, "
+            f"with queue.job({job!r})"
+        ) from None
 
 
 class _Owner(Protocol):
@@ -44,12 +62,12 @@ class TaskFuture(Future[Any]):
 
     def result(self, timeout: float | None = None) -> Any:
         """See concurrent.futures.Future. A task that waits for another lends its slot meanwhile."""
-        with contextlib.nullcontext() if self.done() else lending.waiting():
+        with contextlib.nullcontext() if self.done() else waiting(self.job.name):
             return super().result(timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """See concurrent.futures.Future, and result."""
-        with contextlib.nullcontext() if self.done() else lending.waiting():
+        with contextlib.nullcontext() if self.done() else waiting(self.job.name):
             return super().exception(timeout)
 
     def cancel(self) -> bool:

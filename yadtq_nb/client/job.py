@@ -11,9 +11,9 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterat
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, overload
 
-from yadtq_nb import codec, lending
+from yadtq_nb import codec
 from yadtq_nb.client.board import Board, Failure, Outcomes, cancelled, revive
-from yadtq_nb.client.future import TaskFuture
+from yadtq_nb.client.future import TaskFuture, waiting
 from yadtq_nb.client.inbox import PATIENCE, Inbox, job_state
 from yadtq_nb.errors import (
     JobCancelledError,
@@ -158,7 +158,8 @@ class Job(Sequence[Future[Any]]):
     def results(self, timeout: float | None = None, errors: Errors = "raise") -> list[Any]:
         """Block until the results are there, and return them in order.
 
-        A task that failed stops no other: the job goes on when this raises, and when it is interrupted.
+        A task that failed stops no other: the job goes on when this raises. It also does after Ctrl-C (JobInterrupt, a
+        KeyboardInterrupt); job.cancel() ends it.
 
         Args:
             timeout: seconds to wait at most; None for no limit.
@@ -224,7 +225,7 @@ class Job(Sequence[Future[Any]]):
     def _wait(self, ready: Callable[[], bool], deadline: float | None) -> bool:
         if ready():
             return True
-        with lending.waiting():
+        with waiting(self.name):
             return self._board.wait(ready, deadline)
 
     def cancel(self) -> int:
@@ -285,7 +286,7 @@ class Job(Sequence[Future[Any]]):
     def as_completed(self) -> Completed:
         """Return the futures in order of completion, for both `for` and `async for`."""
         self.want()
-        return Completed(self._board, self._future)
+        return Completed(self.name, self._board, self._future)
 
     def __await__(self) -> Generator[Any, None, list[Any]]:
         """Wait without blocking the event loop, and give what results() gives."""
@@ -296,7 +297,7 @@ class Job(Sequence[Future[Any]]):
         arrived = 0
         while not (self._board.complete() or self._board.failed_in_order()):
             arrived = self._board.arrived()
-            with lending.waiting():
+            with waiting(self.name):
                 await asyncio.wrap_future(self._board.when_arrived(arrived + 1))
             if self._board.ended and not self._board.complete():
                 await asyncio.sleep(0.005)
@@ -456,7 +457,8 @@ class Job(Sequence[Future[Any]]):
 class Completed:
     """Futures of a job in order of completion."""
 
-    def __init__(self, board: Board, future: Callable[[int], Future[Any]]) -> None:
+    def __init__(self, job: str, board: Board, future: Callable[[int], Future[Any]]) -> None:
+        self._job = job
         self._board = board
         self._future = future
 
@@ -464,7 +466,7 @@ class Completed:
         board, place = self._board, 0
         while True:
             if not board.has_arrived(place):
-                with lending.waiting():
+                with waiting(self._job):
                     board.wait(functools.partial(board.has_arrived, place), None)
             if board.arrived() <= place:
                 self._raise_failure()
@@ -475,7 +477,7 @@ class Completed:
     async def __aiter__(self) -> AsyncIterator[Future[Any]]:
         board, place = self._board, 0
         while True:
-            with lending.waiting():
+            with waiting(self._job):
                 await asyncio.wrap_future(board.when_arrived(place + 1))
             if board.arrived() <= place:
                 if not board.complete():

@@ -40,7 +40,7 @@ class Link:
         """Connect.
 
         Raises:
-            WorkbenchError, BacklogError: Redis or Kafka cannot be reached.
+            WorkbenchError: Redis cannot be reached. Kafka is looked for when something is sent.
             SignatureError: the queue's workers have another secret.
         """
         self.queue = queue
@@ -52,7 +52,6 @@ class Link:
         self._publishers: dict[Lane, Publisher] = {}
         self._lock = threading.Lock()
         self.mailer = Mailer(config, self.store, self.publisher)
-        self.publisher()
         self._senders: list[Sender] = []
         self._pid = os.getpid()
         pending.add(self)

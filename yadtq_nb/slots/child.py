@@ -7,6 +7,7 @@ import mmap
 import os
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import Final
 
@@ -49,7 +50,8 @@ class Child:
         #: True while its task waits for a job that it has sent.
         self.lent = False
         self.log_start = 0
-        self.used = 0.0
+        #: When it was last given a chunk, or made, on the monotonic clock.
+        self.used = time.monotonic()
 
     def handed_over(self) -> None:
         """Close the child's ends here."""

@@ -41,6 +41,8 @@ _LEAST_LOOK: Final = 0.01
 #: A template that lives for less is started again with growing delay, in seconds.
 _SHORT_LIFE: Final = 1.0
 _LONGEST_DELAY: Final = 5.0
+#: Seconds for which a slot is kept that was there in place of a lent one.
+_SPARE: Final = 5.0
 
 _decode_report = msgspec.msgpack.Decoder(Report).decode
 
@@ -134,15 +136,22 @@ class SlotPool:
         Thread-safe.
         """
         with self._lock:
-            free = sum(slot.is_idle() for slot in self._slots.values()) - self._reserved
-            claimed = max(0, min(n, free if lent else free - self.lent()))
+            room = self._room() - (0 if lent else self.lent())
+            claimed = max(0, min(n, room, self._idle()) - self._reserved)
             self._reserved += claimed
             return claimed
 
     def has_free(self) -> bool:
         """Tell whether a slot is free that nobody has claimed. Thread-safe."""
         with self._lock:
-            return sum(slot.is_idle() for slot in self._slots.values()) > self._reserved
+            return min(self._room(), self._idle()) > self._reserved
+
+    def _idle(self) -> int:
+        return sum(slot.is_idle() for slot in self._slots.values())
+
+    def _room(self) -> int:
+        """Return how many chunks may be run besides those that run and do not wait."""
+        return self._count - sum(slot.lease is not None and not slot.lent for slot in self._slots.values())
 
     def lent(self) -> int:
         """Return how many slots have tasks that wait for jobs of their own. Thread-safe."""
@@ -222,6 +231,8 @@ class SlotPool:
         now = time.monotonic()
         if self._launcher is None and not self._stopped:
             timeout = min(timeout, self._restart_at - now)
+        elif len(self._slots) > self._count:
+            timeout = min(timeout, _LOG_EVERY, self._look)  # some are to be ended
         elif any(slot.lease for slot in list(self._slots.values())):
             timeout = min(timeout, _LOG_EVERY, self._look)  # what writes a log may write a lot
         ready = self._selector.select(max(0.0, timeout))
@@ -310,14 +321,19 @@ class SlotPool:
         """Have as many slots as there should be: one more for each that is lent."""
         if self._launcher is None:
             return
-        wanted = self._count + self.lent()
-        for slot in [slot for slot in self._slots.values() if slot.is_idle()][self._reserved :]:
-            if len(self._slots) <= wanted:
-                break
-            self._discard(slot)
-        while len(self._slots) < wanted:
+        for _ in range(self._room() - self._idle()):
             taken = {slot.number for slot in self._slots.values()}
-            self._add(next(number for number in range(wanted) if number not in taken))
+            self._add(next(number for number in range(len(taken) + 1) if number not in taken))
+
+    def _end_spare(self, now: float) -> None:
+        """End slots that were there in place of lent ones, unless they are soon wanted again."""
+        with self._lock:
+            spare = self._idle() - max(self._room(), self._reserved)
+            for slot in [slot for slot in self._slots.values() if slot.is_idle() and now - slot.used > _SPARE]:
+                if self._launcher is None or spare <= 0:
+                    break
+                self._discard(slot)
+                spare -= 1
 
     def _discard(self, slot: Child) -> None:
         """End an idle slot."""
@@ -450,6 +466,7 @@ class SlotPool:
             self.start()
         if now >= self._logs_at:
             self._logs_at = now + _LOG_EVERY
+            self._end_spare(now)
             for slot in list(self._slots.values()):
                 bound(slot.log)
 
