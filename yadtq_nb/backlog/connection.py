@@ -130,9 +130,9 @@ class Topics:
                 self._create()
                 # A broker tells of a new topic a moment after it has made it.
                 deadline = time.monotonic() + TIMEOUT
-                while not (made := self._describe())[1] and time.monotonic() < deadline:
+                while (found is None or not whole) and time.monotonic() < deadline:
                     time.sleep(_LOOK_AGAIN)
-                found = made[0]
+                    found, whole = self._describe()
         if found is None:
             raise BacklogError(f"topic {self._tasks} was made on {self._config.kafka}, but is not there")
         return found
