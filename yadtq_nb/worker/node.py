@@ -259,7 +259,8 @@ class Node:
         try:
             leases, due = self._bench.take(free, plain=max(0, free - lent))
             self._due_at = float("inf") if due is None else time.monotonic() + due
-            if len(leases) == free:
+            # What was not for a lent slot still lies there.
+            if len(leases) == free or lent:
                 self._may_take = True
         except (NotLiveError, CodecError):
             log.warning("nothing could be taken", exc_info=True)
