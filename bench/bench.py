@@ -56,7 +56,7 @@ def main() -> None:
     if given.serve:
         _serve_kafka()
         return
-    with _cluster(given.stack) as cluster, cluster.queue() as queue:
+    with servers(given.stack) as options, LocalCluster(SLOTS, **options) as cluster, cluster.queue() as queue:
         found = measure(cluster, queue, given)
     print(_table(given.stack, found))
     print(json.dumps({"stack": given.stack, **found}))
@@ -152,20 +152,18 @@ def _table(stack: str, f: dict[str, float]) -> str:
 
 
 @contextlib.contextmanager
-def _cluster(stack: str) -> Iterator[LocalCluster]:
+def servers(stack: str) -> Iterator[dict[str, Any]]:
+    """Give the arguments of a LocalCluster on a stack."""
     if stack == "local":
-        with LocalCluster(SLOTS) as cluster:
-            yield cluster
+        yield {}
         return
     # Started by another process: what is imported for it would travel with each task as local source.
     with subprocess.Popen(
-        [sys.executable, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, str(Path(__file__)), "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as server:
         assert server.stdout is not None
         config = msgspec.json.decode(server.stdout.readline(), type=Config)
-        settings = {"partitions": config.partitions}
-        with LocalCluster(SLOTS, kafka=config.kafka, redis=config.redis, settings=settings) as cluster:
-            yield cluster
+        yield {"kafka": config.kafka, "redis": config.redis, "settings": {"partitions": config.partitions}}
         server.communicate()
 
 
