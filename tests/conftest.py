@@ -4,6 +4,7 @@ stack         the servers, once for each of --stack
 cluster       the servers with one worker of two slots, for one test
 queue         a queue served by such a worker, for all tests of a module
 start_script  another program on that queue
+audit         the file in which tasks write down that they run
 """
 
 from __future__ import annotations
@@ -57,6 +58,14 @@ def queue_name(request: pytest.FixtureRequest) -> str:
     """A name that no other test has: jobs, chunks and workers of other tests are not seen under it."""
     readable = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower())[:40].strip("-")
     return f"{readable}-{next(_numbers)}"
+
+
+@pytest.fixture
+def audit(tmp_path: Path) -> Path:
+    """The file in which tasks write down that they run: see waiting.traced."""
+    path = tmp_path / "audit"
+    path.touch()
+    return path
 
 
 StartScript = Callable[..., "subprocess.Popen[str]"]

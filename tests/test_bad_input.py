@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from conftest import MakeCluster
 from redis import Redis
+from waiting import wait_until
 
 from yadtq_nb import LocalCluster, Queue, ResultPickleError, TaskError, TooLargeError, codec
 from yadtq_nb.backlog import dead as notes
@@ -94,17 +95,8 @@ def post(cluster: LocalCluster, *records: bytes | None, topic: str = "tasks", ke
 
 def wait_for_dead(cluster: LocalCluster, count: int) -> pd.DataFrame:
     """Wait until so many records were refused, and return them, oldest first."""
-    return wait_for(lambda: (found := queue_of(cluster).dead()).shape[0] >= count and found)[::-1].reset_index(
-        drop=True
-    )
-
-
-def wait_for(done: Callable[[], Any]) -> Any:
-    end = time.monotonic() + LIMIT
-    while (found := done()) is False or found is None:
-        assert time.monotonic() < end, "did not happen in time"
-        time.sleep(0.05)
-    return found
+    wait_until(lambda: len(queue_of(cluster).dead()) >= count, seconds=LIMIT)
+    return queue_of(cluster).dead()[::-1].reset_index(drop=True)
 
 
 def attach(cluster: LocalCluster, job: str) -> Any:
@@ -117,7 +109,7 @@ def attach(cluster: LocalCluster, job: str) -> Any:
         except LookupError:
             return None
 
-    return wait_for(known)
+    return wait_until(known)
 
 
 def raw_dead(cluster: LocalCluster) -> list[tuple[notes.Dead, bytes]]:
@@ -249,7 +241,7 @@ def test_record_is_refused_once_while_the_workbench_is_full(make_cluster: MakeCl
         return 1
 
     held = queue_of(cluster).map(wait, range(2), chunksize=1)
-    wait_for(lambda: held.progress.running == 1 or None)
+    wait_until(lambda: held.progress.running == 1)
     first = [make_record(cluster, job=new_id()) for _ in range(3)]
     post(cluster, first[0], b"bad", *first[1:])
     wait_for_dead(cluster, 1)
@@ -305,7 +297,7 @@ def test_function_that_redis_has_lost_is_found_on_the_jobs_topic(cluster: LocalC
     queue, redis = queue_of(cluster), Redis.from_url(cluster.config.redis)
     cluster.workers[0].stop()
     job = queue.map(lambda x: len(blob) + x, [1], name="lost")
-    blobs = wait_for(lambda: redis.keys(f"{{yadtq:{queue.name}}}:blob:*") or None)
+    blobs = wait_until(lambda: redis.keys(f"{{yadtq:{queue.name}}}:blob:*"))
     queue._link()._publisher.flush(10)
     redis.delete(*blobs)
     cluster.workers[0].start()
@@ -373,7 +365,7 @@ def test_tasks_of_a_chunk_that_was_spoilt_on_the_workbench_end_with_an_error(
             time.sleep(0.02)
 
     held = queue.submit(wait, 1)
-    wait_for(lambda: queue.workers()["busy"].sum() == 1 or None)
+    wait_until(lambda: queue.workers()["busy"].sum() == 1)
     post(cluster, make_record(cluster, job="spoilt"))
     job = attach(cluster, "spoilt")
     redis.hset(f"{{yadtq:{queue.name}}}:job:spoilt:in", "0", b"nonsense")
