@@ -92,7 +92,10 @@ def test_job_in_a_forked_child_is_refused_and_can_be_asked_for_there(cluster: Lo
     assert "before this process was forked" in said.read_text()
 
 
-def test_secret_belongs_to_the_queue_also_while_no_worker_lives(make_cluster: MakeCluster) -> None:
+def test_secret_belongs_to_the_queue_also_while_no_worker_lives(
+    make_cluster: MakeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("yadtq_nb.client.link._SAFE", 0.5)  # nobody feeds what is sent
     cluster = make_cluster(slots=1, workers=1)
     name = f"{cluster.queue().name}-kept"
     with Queue(name, config=cluster.config) as first:
