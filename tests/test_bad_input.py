@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pandas as pd
 import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
@@ -95,8 +96,13 @@ def post(cluster: LocalCluster, *records: bytes | None, topic: str = "tasks", ke
 
 def wait_for_dead(cluster: LocalCluster, count: int) -> pd.DataFrame:
     """Wait until so many records were refused, and return them, oldest first."""
-    wait_until(lambda: len(queue_of(cluster).dead()) >= count, seconds=LIMIT)
-    return queue_of(cluster).dead()[::-1].reset_index(drop=True)
+
+    def enough() -> tuple[pd.DataFrame, ...]:
+        found = queue_of(cluster).dead()
+        return (found,) if len(found) >= count else ()
+
+    (found,) = wait_until(enough, seconds=LIMIT)
+    return found[::-1].reset_index(drop=True)
 
 
 def attach(cluster: LocalCluster, job: str) -> Any:
@@ -508,13 +514,13 @@ def test_result_over_the_stores_limit_fails_its_task_and_holds_up_no_other(small
 
 
 def test_command_dead_shows_them_as_a_table_and_as_json(worker: LocalCluster, tmp_path: Path) -> None:
-    secret = tmp_path / "secret"
-    secret.write_text(worker.config.secret)
-    servers = ["--kafka", worker.config.kafka, "--redis", worker.config.redis, "--secret-file", str(secret)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    # Not by --kafka: that it is Tansu, which says smaller ends than it has, must be known.
+    settings = tmp_path / "settings.json"
+    settings.write_bytes(msgspec.json.encode(worker.config))
+    environment = {**os.environ, "YADTQ_CONFIG": str(settings), "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
 
     def yadtq(*more: str) -> str:
-        command = [sys.executable, "-m", "yadtq_nb.cli", "dead", "--queue", queue_of(worker).name, *servers, *more]
+        command = [sys.executable, "-m", "yadtq_nb.cli", "dead", "--queue", queue_of(worker).name, *more]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True).stdout
 
     assert yadtq() == "Nothing was refused.\n"

@@ -18,7 +18,7 @@ HEADER: Final = "yadtq"
 #: Bytes of an original that are kept: a longer one still lies where it was read.
 KEPT: Final = 256 * 1024
 #: Seconds to wait for more behind the end that the broker has told.
-_TAIL: Final = 1.0
+_TAIL: Final = 0.3
 #: Longest reason or name, in characters.
 _LONGEST: Final = 2_000
 
