@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 KAFKA := .cache/kafka/ready
+# Most of the tests' time is waiting. Each process has servers of its own.
+PROCESSES ?= 2
 
 .PHONY: demo test check bench chaos kafka help
 
@@ -13,7 +15,7 @@ demo: $(READY)  ## run notebooks/quickstart.ipynb on the local stack and show wh
 	$(BIN)/python notebooks/demo.py
 
 test: $(READY)  ## run all tests, on the local stack and on Apache Kafka
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal $(ARGS)
 
 check: $(READY)  ## ruff, strict types, layers of imports
 	$(BIN)/ruff check .

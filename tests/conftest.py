@@ -1,9 +1,10 @@
-"""What tests share: the servers, once a session; a queue name of its own for each test; workers where they are cheap.
+"""What tests share: the servers, once a process; a queue name of its own for each test; workers where they are cheap.
 
-stack         the servers, once for each of --stack
+stack         the servers, once for each of --stack and each process
 cluster       the servers with one worker of two slots, for one test
 queue         a queue served by such a worker, for all tests of a module
 start_script  another program on that queue
+audit         the file in which tasks write down that they run
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import stacks
 from stacks import MakeCluster
 
 from yadtq_nb import Queue
-from yadtq_nb.local import LocalCluster
+from yadtq_nb.local import LocalCluster, servers
 
 _numbers = itertools.count(1)
 
@@ -38,6 +39,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each of pytest-xdist's processes ports of its own: a server that is down keeps its port."""
+    number = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    count = os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")
+    servers._PORTS = servers._PORTS[int(number) :: int(count)]  # type: ignore[misc]  # it is final
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "stack" in metafunc.fixturenames:
         chosen = metafunc.config.getoption("--stack")
@@ -47,9 +55,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[stacks.Servers]:
-    """A broker and a store, shared by the session."""
-    with stacks.start(request.param, tmp_path_factory.mktemp(request.param)) as servers:
-        yield servers
+    """A broker and a store, shared by the tests of this process."""
+    with stacks.start(request.param, tmp_path_factory.mktemp(request.param)) as started:
+        yield started
 
 
 @pytest.fixture
@@ -57,6 +65,14 @@ def queue_name(request: pytest.FixtureRequest) -> str:
     """A name that no other test has: jobs, chunks and workers of other tests are not seen under it."""
     readable = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower())[:40].strip("-")
     return f"{readable}-{next(_numbers)}"
+
+
+@pytest.fixture
+def audit(tmp_path: Path) -> Path:
+    """The file in which tasks write down that they run: see waiting.traced."""
+    path = tmp_path / "audit"
+    path.touch()
+    return path
 
 
 StartScript = Callable[..., "subprocess.Popen[str]"]
@@ -165,7 +181,7 @@ def _differences(stack: stacks.Servers) -> dict[str, Any]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     report = yield
-    servers = getattr(item, "funcargs", {}).get("stack")
-    if report.failed and isinstance(servers, stacks.Servers):
-        report.sections.append(("logs of the servers", servers.tails()))
+    stack = getattr(item, "funcargs", {}).get("stack")
+    if report.failed and isinstance(stack, stacks.Servers):
+        report.sections.append(("logs of the servers", stack.tails()))
     return report

@@ -8,6 +8,7 @@ testcontainers   both from images, where a Docker engine answers; not run in our
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -238,7 +239,9 @@ def _java() -> str:
     java = shutil.which("java")
     if java is None:
         missing("Apache Kafka needs java")
-    fetched = subprocess.run(["make", "kafka"], cwd=ROOT, capture_output=True, text=True, check=False)
+    with (ROOT / "tests" / "kafka" / "pom.xml").open() as pom:
+        fcntl.flock(pom, fcntl.LOCK_EX)  # pytest-xdist's processes may come here at once
+        fetched = subprocess.run(["make", "kafka"], cwd=ROOT, capture_output=True, text=True, check=False)
     if fetched.returncode:
         missing(f"Apache Kafka could not be fetched by `make kafka`: {(fetched.stdout + fetched.stderr)[-2000:]}")
     return java

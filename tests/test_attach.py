@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from conftest import RunScript, StartScript
+from waiting import wait_for_file
 
 from yadtq_nb import JobIncompleteError, JobNotFoundError, JobState, Queue
 
@@ -17,12 +17,6 @@ __import__("cloudpickle").register_pickle_by_value(sys.modules[__name__])
 
 #: Seconds after which something hangs.
 LIMIT = 30
-
-
-def wait_for_file(path: str) -> str:
-    while not Path(path).exists():
-        time.sleep(0.01)
-    return path
 
 
 def test_job_is_found_by_name_and_by_id_while_it_runs_and_when_it_is_done(

@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ALL_COMPLETED, CancelledError, wait
 from pathlib import Path
 
 import pytest
 from stacks import MakeCluster
+from waiting import wait_until
 
 from yadtq_nb import JobCancelledError, JobState, JobTimeoutError, LocalCluster
 
@@ -21,13 +21,6 @@ from yadtq_nb import JobCancelledError, JobState, JobTimeoutError, LocalCluster
 __import__("cloudpickle").register_pickle_by_value(sys.modules[__name__])
 
 LIMIT = 30
-
-
-def when(condition: Callable[[], object], seconds: float = LIMIT) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def lines(audit: Path) -> list[str]:
@@ -54,14 +47,14 @@ def test_cancel_stops_what_runs_and_starts_nothing_that_waits(cluster: LocalClus
 
     queue = cluster.queue()
     job = queue.map(slow, range(500), chunksize=1)
-    when(lambda: len(lines(audit)) == 2)
+    wait_until(lambda: len(lines(audit)) == 2)
     began = time.monotonic()
     assert job.cancel() == 500 - job.progress.succeeded
     assert job.state is JobState.CANCELLED
     assert job.wait(LIMIT)
     # The slots are free again, and the tasks had their time to clean up.
     assert queue.submit(abs, -1).result(LIMIT) == 1
-    when(lambda: len(lines(audit)) == 4)
+    wait_until(lambda: len(lines(audit)) == 4)
     assert time.monotonic() - began < 8
     assert {line.split("-")[0] for line in lines(audit)} == {"begin", "end"}
     progress = job.progress
@@ -83,7 +76,7 @@ def test_futures_of_a_cancelled_job_are_cancelled_in_every_process(cluster: Loca
     job = queue.map(lambda _: time.sleep(60), range(6), chunksize=1, name="long")
     seen = other.job("long")
     futures = [job[0], job[5], seen[0], seen[5]]
-    when(lambda: job.progress.running == 2)
+    wait_until(lambda: job.progress.running == 2)
     seen.cancel()
     _, pending = wait(futures, LIMIT, ALL_COMPLETED)
     assert not pending
@@ -108,16 +101,16 @@ def test_task_that_does_not_listen_is_killed(cluster: LocalCluster, tmp_path: Pa
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     job = cluster.queue().map(stubborn, range(1))
-    when(lambda: len(lines(pids)) == 2)
+    wait_until(lambda: len(lines(pids)) == 2)
     job.cancel()
-    when(lambda: not any(Path(f"/proc/{pid}").exists() for pid in lines(pids)), 10)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in lines(pids)), seconds=10)
 
 
 def test_cancel_by_a_second_process_ends_the_drawing_of_an_iterator(cluster: LocalCluster) -> None:
     queue = cluster.queue()
     drawn = itertools.count()
     job = queue.map(abs, drawn, chunksize=5, name="endless")
-    when(lambda: job.progress.succeeded > 50)
+    wait_until(lambda: job.progress.succeeded > 50)
     cluster.queue().job("endless").cancel()
     assert job.wait(LIMIT)
     assert job.state is JobState.CANCELLED
@@ -140,7 +133,7 @@ def test_chunks_that_still_lie_in_kafka_never_start(make_cluster: MakeCluster, t
 
     queue = cluster.queue()
     job = queue.map(slow, range(200), chunksize=1)
-    when(lambda: lines(audit))
+    wait_until(lambda: lines(audit))
     job.cancel()
     ran = len(lines(audit))
     assert queue.submit(abs, -1).result(LIMIT) == 1, "it lies behind them in Kafka"
@@ -178,7 +171,7 @@ def test_single_tasks_are_cancelled_wherever_they_are(make_cluster: MakeCluster,
 
     queue = cluster.queue()
     blocked = queue.map(slow, [0, 1, 2], chunksize=3)
-    when(lambda: lines(audit) == ["0"])
+    wait_until(lambda: lines(audit) == ["0"])
     behind = queue.map(slow, range(100, 130), chunksize=2)
     # One runs, one is to run in the same slot, one lies on the workbench or in Kafka.
     assert blocked[0].cancel()
@@ -209,7 +202,7 @@ def test_future_of_a_submit_can_be_cancelled(cluster: LocalCluster, tmp_path: Pa
     audit = tmp_path / "audit"
     queue = cluster.queue()
     future = queue.submit(lambda: (write(audit, 1), time.sleep(60)))
-    when(lambda: lines(audit))
+    wait_until(lambda: lines(audit))
     assert future.cancel()
-    when(future.cancelled)
+    wait_until(future.cancelled)
     assert queue.submit(abs, -1).result(LIMIT) == 1

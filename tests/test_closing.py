@@ -9,13 +9,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 import pytest
 from stacks import MakeCluster
+from waiting import wait_until
 
 from yadtq_nb import JobError, JobState, LocalCluster, LocalStackError, Queue, QueueClosedError, SignatureError
 from yadtq_nb.client.link import Link
@@ -28,13 +28,6 @@ __import__("cloudpickle").register_pickle_by_value(sys.modules[__name__])
 LIMIT = 30
 
 
-def when(condition: Callable[[], object], seconds: float = LIMIT) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_cluster_closes_at_once_with_jobs_that_nobody_waits_for() -> None:
     cluster = LocalCluster(slots=1)
     queue = cluster.queue()
@@ -42,7 +35,7 @@ def test_cluster_closes_at_once_with_jobs_that_nobody_waits_for() -> None:
     endless = queue.map(abs, itertools.count(), chunksize=1)
     future = endless[10**6]
     waiting = ThreadPoolExecutor(1).submit(job.results)
-    when(lambda: job.progress.running)
+    wait_until(lambda: job.progress.running)
     closing = threading.Thread(target=cluster.close)
     closing.start()
     closing.join(12)
@@ -95,11 +88,14 @@ def test_job_in_a_forked_child_is_refused_and_can_be_asked_for_there(cluster: Lo
             said.write_text(str(exc))
         finally:
             os._exit(0)
-    when(lambda: os.waitpid(pid, os.WNOHANG)[0])
+    wait_until(lambda: os.waitpid(pid, os.WNOHANG)[0])
     assert "before this process was forked" in said.read_text()
 
 
-def test_secret_belongs_to_the_queue_also_while_no_worker_lives(make_cluster: MakeCluster) -> None:
+def test_secret_belongs_to_the_queue_also_while_no_worker_lives(
+    make_cluster: MakeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("yadtq_nb.client.link._SAFE", 0.5)  # nobody feeds what is sent
     cluster = make_cluster(slots=1, workers=1)
     name = f"{cluster.queue().name}-kept"
     with Queue(name, config=cluster.config) as first:
@@ -113,7 +109,7 @@ def test_quick_tasks_that_wait_behind_slow_ones_are_not_sent_one_by_one(make_clu
     cluster = make_cluster(slots=2, workers=1)
     queue = cluster.queue()
     blocking = queue.map(lambda _: time.sleep(4), range(2), chunksize=1)
-    when(lambda: blocking.progress.running == 2)
+    wait_until(lambda: blocking.progress.running == 2)
     job = queue.map(abs, range(20_000))
     assert job.results(2 * LIMIT) == list(range(20_000))
     link = queue._link()
@@ -150,12 +146,12 @@ def test_what_a_task_started_with_another_environment_ends_with_its_cluster(tmp_
         pid_file.unlink(missing_ok=True)
         with LocalCluster(slots=1) as cluster:
             cluster.queue().submit(starts)
-            when(pid_file.exists)
+            wait_until(pid_file.exists)
             pid = int(pid_file.read_text())
             if end == "kill":
                 os.kill(cluster.workers[0].pid, signal.SIGKILL)
-                when(lambda: not Path(f"/proc/{pid}").exists(), 10)  # noqa: B023  # called at once
-        when(lambda: not Path(f"/proc/{pid}").exists(), 10)  # noqa: B023  # called at once
+                wait_until(lambda: not Path(f"/proc/{pid}").exists(), seconds=10)  # noqa: B023  # called at once
+        wait_until(lambda: not Path(f"/proc/{pid}").exists(), seconds=10)  # noqa: B023  # called at once
 
 
 def test_node_whose_disk_is_full_takes_nothing_for_a_while_and_its_task_is_not_harmed(
@@ -166,7 +162,7 @@ def test_node_whose_disk_is_full_takes_nothing_for_a_while_and_its_task_is_not_h
     large = bytes(100_000)
     begun = tmp_path / "begun"
     slow = queue.submit(lambda: begun.touch() or time.sleep(3) or os.getppid())
-    when(begun.exists)
+    wait_until(begun.exists)
     pid = cluster.workers[0].pid
     (node,) = queue.workers().index
     (blobs,) = Path(tempfile.gettempdir()).glob(f"yadtq-node-{node}-*/blobs")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from offsets import committed
+from waiting import wait_for_file, wait_until
 
 from yadtq_nb import LocalCluster, Queue
 from yadtq_nb.backlog.connection import Topic, Topics
@@ -17,33 +16,18 @@ def test_commit_waits_for_the_oldest_unfinished_chunk_and_then_reaches_the_end(
 ) -> None:
     gate = str(tmp_path / "gate")
 
-    def wait_for(path: str) -> None:
-        import os
-        import time
-
-        while not os.path.exists(path):
-            time.sleep(0.02)
-
     with cluster.queue() as queue:
-        blocked = queue.submit(wait_for, gate)
+        blocked = queue.submit(wait_for_file, gate)
         queue.map(abs, range(40), chunksize=1).results(60)
         topic = Topics(cluster.config, queue.name).ensure()
         ends = {partition: cursor.offset for partition, cursor in queue._link().store.cursors().items()}
-        behind = wait_until(lambda: _lagging(cluster, queue, topic, ends), lambda lagging: len(lagging) == 1)
-        partition = behind[0]
+        wait_until(lambda: len(_lagging(cluster, queue, topic, ends)) == 1)
+        (partition,) = _lagging(cluster, queue, topic, ends)
         oldest = _oldest_unfinished(queue, topic, partition)
         assert (committed(cluster, queue, topic)[partition] or 0) <= oldest
         Path(gate).touch()
         blocked.result(60)
-        wait_until(lambda: _lagging(cluster, queue, topic, ends), lambda lagging: not lagging)
-
-
-def wait_until(look: Callable[[], list[int]], good: Callable[[list[int]], bool]) -> list[int]:
-    deadline = time.monotonic() + 40
-    while not good(seen := look()):
-        assert time.monotonic() < deadline, seen
-        time.sleep(0.2)
-    return seen
+        wait_until(lambda: not _lagging(cluster, queue, topic, ends))
 
 
 def _lagging(cluster: LocalCluster, queue: Queue, topic: Topic, ends: dict[int, int]) -> list[int]:

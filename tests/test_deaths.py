@@ -9,36 +9,16 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 from stacks import MakeCluster
+from waiting import is_running, runs, runs_in_slots, traced, wait_until
 
 from yadtq_nb import LocalCluster, TaskCrashedError
 
 SRC = Path(__file__).parents[1]
-
-
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
-
-
-def traced(audit: str, x: int) -> int:
-    """Write down who runs, then take a moment."""
-    with open(audit, "a") as file:
-        file.write(f"{x} {os.getpid()}\n")
-    time.sleep(0.01)
-    return x * x
-
-
-def runs(audit: Path) -> list[tuple[int, int]]:
-    lines = audit.read_text().splitlines() if audit.exists() else []
-    return [(int(x), int(pid)) for x, pid in (line.split() for line in lines)]
 
 
 def descendants(pid: int) -> list[psutil.Process]:
@@ -51,15 +31,14 @@ def check_outcomes(job_results: list[int], count: int, succeeded: int) -> None:
 
 
 def test_slot_killed_in_the_middle_of_a_map_costs_no_result_and_doubles_none(
-    cluster: LocalCluster, tmp_path: Path
+    cluster: LocalCluster, audit: Path
 ) -> None:
-    audit = tmp_path / "audit"
-    job = cluster.queue().map(traced, [str(audit)] * 200, range(200), chunksize=10)
+    job = cluster.queue().map(traced, range(200), kwargs={"audit": str(audit)}, chunksize=10)
     wait_until(lambda: len(runs(audit)) > 50, "tasks run")
-    os.kill(runs(audit)[-1][1], signal.SIGKILL)
+    os.kill(runs_in_slots(audit)[-1][1], signal.SIGKILL)
     results = job.results(timeout=30)
     check_outcomes(results, 200, job.progress.succeeded)
-    again = [x for x, times in Counter(x for x, _ in runs(audit)).items() if times > 1]
+    again = [x for x, times in Counter(runs(audit)).items() if times > 1]
     assert len(again) <= 10, "only tasks of the chunk that was cut off run again"
 
 
@@ -92,11 +71,10 @@ def test_task_that_kills_its_slot_once_is_tried_again_and_succeeds(cluster: Loca
 
 
 def test_node_killed_with_its_slots_in_the_middle_of_a_map_costs_no_result(
-    make_cluster: MakeCluster, tmp_path: Path
+    make_cluster: MakeCluster, audit: Path
 ) -> None:
     cluster = make_cluster(slots=1, workers=2, restart=False)
-    audit = tmp_path / "audit"
-    job = cluster.queue().map(traced, [str(audit)] * 200, range(200), chunksize=5)
+    job = cluster.queue().map(traced, range(200), kwargs={"audit": str(audit)}, chunksize=5)
     wait_until(lambda: len(runs(audit)) > 40, "tasks run")
     victim = cluster.workers[0]
     doomed = [psutil.Process(victim.pid), *descendants(victim.pid)]
@@ -113,12 +91,11 @@ def test_node_killed_with_its_slots_in_the_middle_of_a_map_costs_no_result(
 
 
 def test_node_that_is_killed_is_started_again_and_its_chunks_are_returned_at_once(
-    make_cluster: MakeCluster, tmp_path: Path
+    make_cluster: MakeCluster, audit: Path
 ) -> None:
     # The lease outlasts the test: only the successor's word can free the chunk.
     cluster = make_cluster(slots=2, workers=1, settings={"lease": 90.0})
-    audit = tmp_path / "audit"
-    job = cluster.queue().map(traced, [str(audit)] * 200, range(200), chunksize=5)
+    job = cluster.queue().map(traced, range(200), kwargs={"audit": str(audit)}, chunksize=5)
     wait_until(lambda: len(runs(audit)) > 40, "tasks run")
     cluster.workers[0].kill()
     results = job.results(timeout=30)
@@ -170,7 +147,7 @@ def test_what_a_task_has_started_is_gone_when_its_node_is_killed(make_cluster: M
     pids = [int(pid) for pid in note.read_text().split()]
     assert all(map(psutil.pid_exists, pids))
     cluster.workers[0].kill()
-    wait_until(lambda: not any(map(_runs, pids)), "what the task has started is still running")
+    wait_until(lambda: not any(map(is_running, pids)), "what the task has started is still running")
 
 
 def test_client_that_is_killed_right_after_map_loses_nothing_that_it_had_sent(
@@ -196,24 +173,16 @@ def test_client_that_is_killed_right_after_map_loses_nothing_that_it_had_sent(
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_node_asked_to_stop_finishes_what_it_runs_and_gives_back_the_rest(
-    make_cluster: MakeCluster, tmp_path: Path, count: int
+    make_cluster: MakeCluster, audit: Path, count: int
 ) -> None:
     cluster = make_cluster(slots=1, workers=count + 1)
-    audit = tmp_path / "audit"
-    job = cluster.queue().map(traced, [str(audit)] * 150, range(150), chunksize=3)
+    job = cluster.queue().map(traced, range(150), kwargs={"audit": str(audit)}, chunksize=3)
     wait_until(lambda: len(runs(audit)) > 20, "tasks run")
     for worker in cluster.workers[:count]:
         worker.stop()
     results = job.results(timeout=60)
     check_outcomes(results, 150, job.progress.succeeded)
     assert len(runs(audit)) == 150, "a node that stops in peace runs nothing twice"
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _write_config(path: Path, cluster: LocalCluster) -> None:
@@ -232,10 +201,9 @@ def _run(script: str, config: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_node_that_is_asked_to_stop_ends_its_task_and_hands_back_the_rest(
-    make_cluster: MakeCluster, tmp_path: Path
+    make_cluster: MakeCluster, audit: Path
 ) -> None:
     cluster = make_cluster(slots=1, workers=2, restart=False)
-    audit = tmp_path / "audit"
 
     def slow(x: int) -> int:
         with audit.open("a") as file:
@@ -245,20 +213,13 @@ def test_node_that_is_asked_to_stop_ends_its_task_and_hands_back_the_rest(
 
     job = cluster.queue().map(slow, range(12), chunksize=12)
     wait_until(lambda: len(runs(audit)) == 2, "a second task runs")
-    template = runs(audit)[0][1]
+    template = runs_in_slots(audit)[0][1]
     node = next(worker for worker in cluster.workers if template in [p.pid for p in descendants(worker.pid)])
     asked = time.monotonic()
     os.kill(node.pid, signal.SIGTERM)
-    wait_until(lambda: not psutil.pid_exists(node.pid) or not node_runs(node.pid), "the node has ended")
+    wait_until(lambda: not is_running(node.pid), "the node has ended")
     assert time.monotonic() - asked < 4, "less than its grace, let alone than the chunk takes"
     check_outcomes(job.results(timeout=30), 12, job.progress.succeeded)
-    assert Counter(x for x, _ in runs(audit)) == Counter(range(12)), "each has run once"
-    assert len({template for _, template in runs(audit)}) == 2
+    assert Counter(runs(audit)) == Counter(range(12)), "each has run once"
+    assert len({template for _, template in runs_in_slots(audit)}) == 2
     assert job.to_frame().attempt.tolist() == [1] * 12
-
-
-def node_runs(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

@@ -218,8 +218,9 @@ def forget_secret(queue: Queue) -> None:
 
 
 def test_worker_refuses_what_another_secret_signed_and_never_unpickles_it(
-    make_cluster: MakeCluster, tmp_path: Any
+    make_cluster: MakeCluster, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("yadtq_nb.client.link._SAFE", 0.5)  # nobody feeds what is sent
     cluster = make_cluster(1)
     cluster.workers[0].stop()
     mark = tmp_path / "unpickled"
@@ -285,7 +286,10 @@ def nowhere() -> str:
     return f"127.0.0.1:{servers.free_port()}"
 
 
-def test_redis_that_is_not_there_is_named_with_its_setting(shared_cluster: LocalCluster) -> None:
+def test_redis_that_is_not_there_is_named_with_its_setting(
+    shared_cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("yadtq_nb.client.link.PATIENCE", 1.0)
     queue = Queue("q", config=msgspec.structs.replace(shared_cluster.config, redis=f"redis://{nowhere()}/0"))
     began = time.monotonic()
     for use in (lambda: queue.map(divide, [1]), lambda: queue.submit(divide, 1), queue.jobs, lambda: queue.job("j")):

@@ -6,7 +6,6 @@ import asyncio
 import concurrent.futures
 import sys
 import threading
-import time
 from collections import namedtuple
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import pandas as pd
 import pytest
 from conftest import MakeCluster
 from redis import Redis
+from waiting import wait_for_file, wait_until
 
 from yadtq_nb import (
     Job,
@@ -52,21 +52,6 @@ def odd_fails(x: int) -> int:
     if x % 2:
         raise ValueError(f"{x} is odd")
     return x
-
-
-def wait_for_file(path: str) -> str:
-    while not Path(path).exists():
-        time.sleep(0.01)
-    return path
-
-
-def when(condition: Callable[[], Any]) -> Any:
-    """Wait until a condition holds, and return what it said."""
-    deadline = time.monotonic() + LIMIT
-    while not (said := condition()):
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.01)
-    return said
 
 
 # A sequence of futures.
@@ -205,7 +190,7 @@ def test_news_that_was_trimmed_before_it_was_heard_is_made_up_for(queue: Queue, 
         future.add_done_callback(lambda _: may_go.wait(LIMIT))  # the first one has the client hear nothing more
     gate.touch()
     other = queue.job(job.id)
-    when(lambda: other.progress.succeeded == 100)
+    wait_until(lambda: other.progress.succeeded == 100)
     with Redis.from_url(queue._settings().redis) as store:
         store.xtrim(f"{{yadtq:{queue.name}}}:news", maxlen=1, approximate=False)
     may_go.set()
@@ -233,7 +218,7 @@ def test_progress_counts_tasks_by_state(make_cluster: MakeCluster, tmp_path: Pat
     queue = make_cluster(2).queue()
     gate = str(tmp_path / "gate")
     job = queue.map(lambda x: (wait_for_file(gate), odd_fails(x)), range(10), chunksize=1)
-    when(lambda: job.progress.running == 2)
+    wait_until(lambda: job.progress.running == 2)
     progress = job.progress
     assert (progress.total, progress.queued, progress.running) == (10, 8, 2)
     assert (progress.succeeded, progress.failed, progress.cancelled) == (0, 0, 0)
@@ -252,7 +237,7 @@ def test_progress_counts_tasks_by_state(make_cluster: MakeCluster, tmp_path: Pat
 def test_progress_estimates_the_time_that_is_left(queue: Queue, tmp_path: Path) -> None:
     gate = str(tmp_path / "gate")
     job = queue.map(lambda x: x or wait_for_file(gate), range(4), chunksize=1)
-    when(lambda: job.progress.succeeded == 3)
+    wait_until(lambda: job.progress.succeeded == 3)
     progress = job.progress
     assert progress.eta == pytest.approx(progress.elapsed / 3, rel=0.01)
     Path(gate).touch()

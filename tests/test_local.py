@@ -11,12 +11,13 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 from redis import Redis
+from waiting import is_running, wait_until
 
 from yadtq_nb import config
 from yadtq_nb.errors import LocalStackError
@@ -39,26 +40,12 @@ def own(tmp_path: Path) -> Iterator[Stack]:
     own.down()
 
 
-def wait_until(what: Callable[[], object], *, timeout: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not what():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.005)
-
-
 def part(status: StackStatus, name: str) -> PartStatus:
     return next(part for part in status.parts if part.name == name)
 
 
 def pids(stack: Stack) -> dict[str, int]:
     return {part.name: part.pid for part in stack.status().parts}
-
-
-def runs(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def is_up(stack: Stack) -> bool:
@@ -160,7 +147,7 @@ def test_killed_keeper_leaves_nothing_running_and_is_healed_on_the_same_ports(ow
     wait_until(lambda: is_up(own))
     before = pids(own)
     os.kill(before["keeper"], signal.SIGKILL)
-    wait_until(lambda: not any(runs(pid) for pid in before.values()))
+    wait_until(lambda: not any(is_running(pid) for pid in before.values()))
     assert own.status().state == "broken"
     assert own.ensure_up() == settings
     wait_until(lambda: is_up(own))
@@ -198,9 +185,9 @@ def test_killed_node_leaves_no_process_of_its_tasks_and_no_scratch_directory(own
     child = int(next(own.home.path.glob("child-*")).name.split("-")[1])
     node_id = next(part.node_id for part in own.home.state().parts if part.queue)  # type: ignore[union-attr]  # is up
     scratch = next(Path(tempfile.gettempdir()).glob(f"yadtq-node-{node_id}-*"))
-    assert runs(child)
+    assert is_running(child)
     os.kill(pids(own)["node-1"], signal.SIGKILL)
-    wait_until(lambda: not runs(child) and not scratch.exists())
+    wait_until(lambda: not is_running(child) and not scratch.exists())
 
 
 def test_down_leaves_no_process_and_is_remembered(own: Stack) -> None:
@@ -208,7 +195,7 @@ def test_down_leaves_no_process_and_is_remembered(own: Stack) -> None:
     wait_until(lambda: is_up(own))
     before = pids(own)
     assert own.down()
-    assert not any(runs(pid) for pid in before.values())
+    assert not any(is_running(pid) for pid in before.values())
     assert own.status() == StackStatus(state="down", directory=str(own.home.path), reason="asked")
     assert not own.down()
 
@@ -256,7 +243,7 @@ def test_idle_stack_stops_by_itself(own: Stack) -> None:
     before = pids(own)
     wait_until(lambda: own.status().state == "down")
     assert own.status().reason == "idle for 0.3 s"
-    assert not any(runs(pid) for pid in before.values())
+    assert not any(is_running(pid) for pid in before.values())
 
 
 def test_touched_stack_does_not_stop(own: Stack) -> None:
@@ -274,7 +261,7 @@ def test_stack_stops_when_its_directory_is_removed(own: Stack) -> None:
     own.ensure_up()
     before = pids(own)
     (own.home.path / "keeper.lock").unlink()
-    wait_until(lambda: not any(runs(pid) for pid in before.values()))
+    wait_until(lambda: not any(is_running(pid) for pid in before.values()))
 
 
 def test_second_queue_gets_a_node_of_its_own(own: Stack) -> None:
@@ -324,9 +311,9 @@ def test_cluster_has_workers_and_leaves_nothing() -> None:
         directory = cluster._home.path
         workers = {worker.node_id: worker.pid for worker in cluster.workers}
         assert len(workers) == 2
-        assert all(runs(pid) for pid in workers.values())
+        assert all(is_running(pid) for pid in workers.values())
     cluster.close()
-    assert not any(runs(pid) for pid in workers.values())
+    assert not any(is_running(pid) for pid in workers.values())
     assert not directory.exists()
 
 
@@ -345,9 +332,9 @@ def test_killed_worker_stays_dead_without_restart() -> None:
         first, second = cluster.workers
         first.kill()
         assert first.pid == 0
-        assert runs(second.pid)
+        assert is_running(second.pid)
         first.start()
-        assert runs(first.pid)
+        assert is_running(first.pid)
 
 
 def test_stopped_worker_of_a_cluster_stays_down_until_started() -> None:
@@ -356,7 +343,7 @@ def test_stopped_worker_of_a_cluster_stays_down_until_started() -> None:
         worker.stop()
         assert worker.pid == 0
         worker.start()
-        assert runs(worker.pid)
+        assert is_running(worker.pid)
 
 
 def test_broker_of_a_cluster_can_be_killed_and_restarted() -> None:
@@ -407,9 +394,9 @@ def test_nothing_is_left_when_the_owner_of_a_cluster_is_killed() -> None:
     with python(code) as owner:
         assert owner.stdout is not None
         directory, *parts = owner.stdout.readline().split()
-        assert all(runs(int(pid)) for pid in parts)
+        assert all(is_running(int(pid)) for pid in parts)
         owner.kill()
-    wait_until(lambda: not any(runs(int(pid)) for pid in parts))
+    wait_until(lambda: not any(is_running(int(pid)) for pid in parts))
     wait_until(lambda: not Path(directory).exists())
 
 
@@ -420,7 +407,7 @@ def test_closing_a_cluster_in_a_forked_child_leaves_it_alone() -> None:
             cluster.close()
             os._exit(0)
         os.waitpid(child, 0)
-        assert runs(cluster.workers[0].pid)
+        assert is_running(cluster.workers[0].pid)
 
 
 def python(code: str) -> subprocess.Popen[str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 from yadtq_nb import LocalCluster, Queue
 from yadtq_nb.backlog.connection import Topics
@@ -23,13 +24,6 @@ def home(tmp_path: Path) -> Iterator[Home]:
     Stack(home).down()
 
 
-def wait_for_end(home: Home, *, timeout: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout
-    while home.alive():
-        assert time.monotonic() < deadline, "the stack runs on"
-        time.sleep(0.02)
-
-
 def slow(x: int, seconds: float) -> int:
     time.sleep(seconds)
     return x
@@ -39,7 +33,7 @@ def test_stack_does_not_stop_while_a_task_runs_and_stops_after_it(home: Home) ->
     stack = Stack(home, slots=1, idle=lambda: 2.0)
     with Queue(config=stack.ensure_up()) as queue:
         assert queue.submit(slow, 7, 4.0).result(timeout=30) == 7
-    wait_for_end(home)
+    wait_until(lambda: not home.alive(), "the stack runs on")
     assert stack.status().reason == "idle for 2 s"
 
 
@@ -51,7 +45,7 @@ def test_job_goes_on_after_the_whole_stack_was_killed(home: Home) -> None:
         state = home.state()
         assert state is not None
         os.kill(state.pid, signal.SIGKILL)
-        wait_for_end(home)
+        wait_until(lambda: not home.alive(), "the stack runs on")
         with Queue(config=stack.ensure_up()) as again:
             assert again.job("sweep").results(timeout=30) == list(range(40))
 
@@ -77,10 +71,7 @@ def test_what_the_broker_in_memory_forgets_before_it_is_fed_is_sent_again() -> N
         cluster.workers[0].stop()
         job = queue.map(abs, range(50), chunksize=5)
         link = queue._link()
-        deadline = time.monotonic() + 30
-        while not (record := link.store.record(job.id)) or not record.sealed:
-            assert time.monotonic() < deadline, "the broker has everything"
-            time.sleep(0.02)
+        wait_until(lambda: (record := link.store.record(job.id)) and record.sealed, "the broker has everything")
         assert not link.publisher().settle(0), "and nobody has fed it"
         cluster.kill_broker()
         cluster.restart_broker()

@@ -6,7 +6,7 @@ import itertools
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import wait
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import MakeCluster, StartScript
+from waiting import wait_until
 
 from yadtq_nb import (
     ConfigError,
@@ -40,15 +41,6 @@ def square(x: int) -> int:
 
 def everything(*args: Any, **kwargs: Any) -> Any:
     return args, kwargs
-
-
-def when(condition: Callable[[], Any]) -> Any:
-    """Wait until a condition holds, and return what it said."""
-    deadline = time.monotonic() + LIMIT
-    while not (said := condition()):
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.01)
-    return said
 
 
 # What is called, with what.
@@ -298,7 +290,7 @@ def test_infinite_iterator_is_drawn_only_a_bounded_way_ahead(make_cluster: MakeC
     with pytest.raises(TypeError, match="still drawing"):
         len(job)
     blocked = queue.map(lambda _: time.sleep(60), itertools.count(), chunksize=2)
-    when(lambda: blocked.progress.running >= 2)
+    wait_until(lambda: blocked.progress.running >= 2)
     progress = blocked.progress
     assert progress.total is None
     assert progress.queued + progress.running <= 2 * 4 * 2 + 2
@@ -324,7 +316,7 @@ def test_closing_ends_jobs_that_are_still_being_drawn(make_cluster: MakeCluster)
         assert all(isinstance(future.exception(LIMIT), JobError) for future in futures)
         with cluster.queue() as again:
             states = [again.job(job.id) for job in jobs]
-            when(lambda: all(job.state == "incomplete" for job in states))  # noqa: B023  # called at once
+            wait_until(lambda: all(job.state == "incomplete" for job in states))  # noqa: B023  # called at once
         drawing.clear()
 
 

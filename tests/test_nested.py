@@ -6,13 +6,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from stacks import MakeCluster
+from waiting import wait_until
 
 from yadtq_nb import LocalCluster, Queue
 
@@ -20,13 +20,6 @@ from yadtq_nb import LocalCluster, Queue
 __import__("cloudpickle").register_pickle_by_value(sys.modules[__name__])
 
 LIMIT = 90
-
-
-def when(condition: Callable[[], object], seconds: float = LIMIT) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -48,7 +41,7 @@ def test_maps_in_tasks_of_maps_never_deadlock(narrow: LocalCluster) -> None:
         return 1 if depth == 0 else sum(queue.map(total, [depth - 1] * 3).results())
 
     assert queue.map(total, [2] * 6, chunksize=1).results(LIMIT) == [9] * 6
-    when(lambda: count_slots(narrow) == 1)
+    wait_until(lambda: count_slots(narrow) == 1)
     worker = queue.workers().iloc[0]
     assert (worker.slots, worker.busy <= 1) == (1, True)
 
@@ -101,7 +94,7 @@ def test_endless_nesting_ends_with_an_error_that_says_so(narrow: LocalCluster) -
 
     with pytest.raises(RecursionError, match="tasks wait for jobs of their own, 16 levels deep"):
         queue.submit(deeper, 0).result(LIMIT)
-    when(lambda: count_slots(narrow) == 1)
+    wait_until(lambda: count_slots(narrow) == 1)
 
 
 def test_task_that_sends_jobs_and_does_not_wait_may_do_so_without_end(narrow: LocalCluster, tmp_path: Path) -> None:
@@ -114,7 +107,7 @@ def test_task_that_sends_jobs_and_does_not_wait_may_do_so_without_end(narrow: Lo
             queue.submit(crawl, page + 1)
 
     queue.submit(crawl, 0).result(LIMIT)
-    when(lambda: audit.read_text().split() == [str(n) for n in range(21)])
+    wait_until(lambda: audit.read_text().split() == [str(n) for n in range(21)])
 
 
 def test_node_that_dies_with_a_task_that_waits_costs_nothing(make_cluster: MakeCluster, tmp_path: Path) -> None:
@@ -131,7 +124,7 @@ def test_node_that_dies_with_a_task_that_waits_costs_nothing(make_cluster: MakeC
         return sum(queue.map(inner, range(x)).results())
 
     job = queue.map(outer, [4, 5], chunksize=1)
-    when(lambda: began.exists() and len(began.read_text().split()) == 2)
+    wait_until(lambda: began.exists() and len(began.read_text().split()) == 2)
     template = int(began.read_text().split()[0])
     os.kill(psutil.Process(template).ppid(), signal.SIGKILL)
     assert job.results(LIMIT) == [14, 30]
@@ -145,11 +138,11 @@ def test_slot_that_dies_while_it_is_lent_leaves_as_many_as_there_were(narrow: Lo
         return queue.submit(time.sleep, 0.5).result() or x
 
     future = queue.submit(outer, 3)
-    when(pids.exists)
-    when(lambda: count_slots(narrow) == 2)
+    wait_until(pids.exists)
+    wait_until(lambda: count_slots(narrow) == 2)
     os.kill(int(pids.read_text()), signal.SIGKILL)
     assert future.result(LIMIT) == 3
-    when(lambda: count_slots(narrow) == 1)
+    wait_until(lambda: count_slots(narrow) == 1)
 
 
 def test_queue_of_a_task_is_one_that_is_pickled_or_opened_there(narrow: LocalCluster) -> None:

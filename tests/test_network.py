@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import stacks
+from waiting import runs, traced, wait_until
 
 from yadtq_nb import LocalCluster
 from yadtq_nb.local.servers import WORKER
@@ -119,31 +120,6 @@ def make_nodes(servers: stacks.Servers, queue_name: str) -> Iterator[Callable[..
     yield make
     for cluster in made:
         cluster.close()
-
-
-@pytest.fixture
-def audit(tmp_path: Path) -> Path:
-    path = tmp_path / "audit"
-    path.touch()
-    return path
-
-
-def traced(x: int, *, audit: str) -> int:
-    with open(audit, "a") as file:
-        file.write(f"{x}\n")
-    time.sleep(0.01)
-    return x * x
-
-
-def runs(audit: Path) -> list[int]:
-    return [int(line) for line in audit.read_text().splitlines()]
-
-
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 def cut_for_a_while(net: Net, name: str) -> None:

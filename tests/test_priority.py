@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import redis
 from offsets import committed
 from stacks import MakeCluster
+from waiting import wait_until
 
 from yadtq_nb import JobState, LocalCluster
 from yadtq_nb.backlog.connection import Topics
@@ -19,13 +19,6 @@ from yadtq_nb.backlog.connection import Topics
 __import__("cloudpickle").register_pickle_by_value(sys.modules[__name__])
 
 LIMIT = 60
-
-
-def when(condition: Callable[[], object], seconds: float = LIMIT) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def write(name: str, audit: str, gate: str, seconds: float) -> str:
@@ -42,12 +35,12 @@ def test_lines_are_served_in_order_of_priority(make_cluster: MakeCluster, tmp_pa
     cluster = make_cluster(slots=1, workers=1)
     queue, audit, gate = cluster.queue(), tmp_path / "audit", tmp_path / "gate"
     first = queue.submit(write, "first", str(audit), str(gate), 0)
-    when(audit.exists)
+    wait_until(audit.exists)
     jobs = [
         queue.map(write, [priority] * 6, [str(audit)] * 6, [""] * 6, [0] * 6, chunksize=2, priority=priority)
         for priority in ("low", "normal", "high")
     ]
-    when(lambda: all((record := queue._link().store.record(job.id)) and record.fed == 6 for job in jobs))
+    wait_until(lambda: all((record := queue._link().store.record(job.id)) and record.fed == 6 for job in jobs))
     gate.touch()
     assert first.result(LIMIT) == "first"
     for job in jobs:
@@ -62,7 +55,7 @@ def test_what_is_high_overtakes_a_long_backlog_and_whatever_fills_the_workbench(
     queue = cluster.queue()
     # Long, and sent whole: on Kafka most of it waits there.
     backlog = queue.map(time.sleep, [0.02] * 3_000, chunksize=1, priority="low")
-    when(lambda: backlog.progress.succeeded > 20)
+    wait_until(lambda: backlog.progress.succeeded > 20)
     for priority in ("normal", "high"):
         before = backlog.progress.succeeded
         assert queue.options(priority=priority).submit(abs, -7).result(LIMIT) == 7
@@ -76,7 +69,7 @@ def test_lanes_outlive_a_restart_of_the_node_and_a_wipe_of_redis(cluster: LocalC
     assert queue.map(abs, [-1], priority="high").results(LIMIT) == [1]
     cluster.workers[0].stop()
     job = queue.map(abs, range(-20, 0), priority="high", chunksize=2, name="kept")
-    when(lambda: job._link.store.record(job.id).sealed)
+    wait_until(lambda: job._link.store.record(job.id).sealed)
     client = redis.Redis.from_url(cluster.config.redis)
     client.delete(*client.keys(f"{{yadtq:{queue.name}}}:*"))
     cluster.workers[0].start()
@@ -96,12 +89,12 @@ def test_lost_tasks_of_a_high_job_are_brought_back_from_its_own_topic(cluster: L
     queue.map(wait, range(40), priority="high", chunksize=1, name="lost")
     other = cluster.queue().job("lost")
     topic = Topics(cluster.config, queue.name, "high").ensure()
-    when(lambda: any(committed(cluster, queue, topic).values()))
+    wait_until(lambda: any(committed(cluster, queue, topic).values()))
     client = redis.Redis.from_url(cluster.config.redis)
     client.delete(*client.keys(f"{{yadtq:{queue.name}}}:*"))
     client.close()
     gate.touch()
-    when(lambda: other.state is not JobState.RUNNING)
+    wait_until(lambda: other.state is not JobState.RUNNING)
     lost = other.lost
     assert set(lost) <= set(range(20))
     assert other.retry() == len(lost) > 0

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from stacks import MakeCluster
+from waiting import wait_until
 
 from yadtq_nb import JobState, LocalCluster, TaskCrashedError, TaskTimeoutError
 
@@ -110,10 +111,7 @@ def test_task_that_waits_for_its_retry_outlives_its_node(make_cluster: MakeClust
         return x
 
     future = cluster.queue().options(retries=1, backoff=3.0).submit(once, 5)
-    deadline = time.monotonic() + LIMIT
-    while not wrote(audit):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: wrote(audit))
     time.sleep(0.3)  # its node tells the workbench
     os.kill(cluster.workers[0].pid, 9)
     assert future.result(LIMIT) == 5
@@ -191,10 +189,7 @@ def test_what_a_task_has_started_ends_with_its_timeout(cluster: LocalCluster, tm
     future = cluster.queue().options(timeout=2.0).submit(starts)
     assert isinstance(future.exception(LIMIT), TaskTimeoutError)
     pid = int(pid_file.read_text())
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists():
-        assert time.monotonic() < deadline, "it still runs"
-        time.sleep(0.05)
+    wait_until(lambda: not Path(f"/proc/{pid}").exists(), "it still runs", seconds=10)
 
 
 def test_coroutine_that_takes_too_long_fails_alone(cluster: LocalCluster) -> None:

@@ -17,6 +17,7 @@ import pytest
 import redis
 import stacks
 from confluent_kafka.admin import AdminClient
+from waiting import runs, traced, wait_until
 
 from yadtq_nb import Job, LocalCluster, Queue, WorkbenchFullError
 from yadtq_nb.backlog.connection import tasks_topic
@@ -24,8 +25,10 @@ from yadtq_nb.local.home import Home
 from yadtq_nb.local.stack import Stack
 
 COUNT = 3_000
+#: What a task takes.
+SECONDS = 0.002
 #: Seconds that Kafka is away, longer than a lease.
-AWAY = 5.0
+AWAY = 3.0
 #: Seconds after which a map will not end any more.
 LIMIT = 60
 
@@ -60,35 +63,9 @@ def make_nodes(servers: stacks.Servers, queue_name: str) -> Iterator[MakeNodes]:
         cluster.close()
 
 
-@pytest.fixture
-def audit(tmp_path: Path) -> Path:
-    """The file in which tasks write down that they run."""
-    path = tmp_path / "audit"
-    path.touch()
-    return path
-
-
-def traced(x: int, *, audit: str, seconds: float = 0.002) -> int:
-    with open(audit, "a") as file:
-        file.write(f"{x}\n")
-    time.sleep(seconds)
-    return x * x
-
-
-def runs(audit: Path) -> list[int]:
-    return [int(line) for line in audit.read_text().splitlines()]
-
-
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
-
-
 def start_map(queue: Queue, audit: Path, *, chunksize: int = 5, count: int = COUNT) -> Job:
     """Map, and return when a tenth has run."""
-    job = queue.map(traced, range(count), kwargs={"audit": str(audit)}, chunksize=chunksize)
+    job = queue.map(traced, range(count), kwargs={"audit": str(audit), "seconds": SECONDS}, chunksize=chunksize)
     wait_until(lambda: len(runs(audit)) > count // 10, "tasks run")
     assert not job.wait(0), "what comes now comes in the middle of it"
     return job
@@ -116,9 +93,8 @@ def test_broker_that_is_stopped_for_a_while_and_started_again(
         ended = time.monotonic()
         late = tmp_path / "late"
         late.touch()
-        sent_meanwhile = queue.map(traced, range(100), kwargs={"audit": str(late)})
-        while time.monotonic() < ended + AWAY:
-            time.sleep(0.1)
+        sent_meanwhile = queue.map(traced, range(100), kwargs={"audit": str(late), "seconds": SECONDS})
+        time.sleep(max(0.0, ended + AWAY - time.monotonic()))
         assert not sent_meanwhile.wait(0)
         servers.broker.start()
         check(job, audit, again=0)
@@ -194,7 +170,7 @@ def test_full_producer_queue_waits_for_the_broker(servers: stacks.Servers, make_
         assert queue.submit(abs, -1).result(30) == 1
         os.kill(servers.broker.pid, signal.SIGSTOP)
         try:
-            job = queue.map(traced, range(COUNT), kwargs={"audit": str(audit)}, chunksize=2)
+            job = queue.map(traced, range(COUNT), kwargs={"audit": str(audit), "seconds": SECONDS}, chunksize=2)
             time.sleep(2.0)
             assert len(queue._link().publisher()._producer) >= 20
         finally:

@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 import psutil
 import pytest
+from waiting import wait_until
 
 from yadtq_nb import codec, errors
 from yadtq_nb.model import BrokenItem, ChunkHead, Environment, ErrorInfo, Lease, Segment
@@ -135,16 +136,8 @@ def gone(*pids: int) -> bool:
     return not any(map(alive, pids))
 
 
-def wait_for(done: Callable[[], Any], timeout: float = 20.0) -> Any:
-    end = time.monotonic() + timeout
-    while not (found := done()):
-        assert time.monotonic() < end, "did not happen in time"
-        time.sleep(0.005)  # outside of any pool there is no event to wait for
-    return found
-
-
 def read_pids(*files: Path) -> list[int]:
-    return wait_for(lambda: all(f.exists() and f.read_text().endswith("\n") for f in files)) and [
+    return wait_until(lambda: all(f.exists() and f.read_text().endswith("\n") for f in files)) and [
         int(f.read_text()) for f in files
     ]
 
@@ -493,7 +486,7 @@ def test_killed_template_takes_all_with_it_and_is_started_again(run: Run, tmp_pa
     died = run.died(lease)
     assert died.offset == 0
     assert "template" in died.reason
-    wait_for(lambda: gone(*pids))
+    wait_until(lambda: gone(*pids))
     run.until(lambda: run.pool.reserve(2) == 2)
     run.pool.unreserve(2)
     assert run.outcomes(make_lease(lambda x: x, [5])) == {0: 5}
@@ -544,7 +537,7 @@ def test_nothing_outlives_a_killed_node(tmp_path: Path, signum: signal.Signals) 
         finally:
             owner.send_signal(signum)
             owner.wait(10)
-    wait_for(lambda: gone(*everything))
+    wait_until(lambda: gone(*everything))
 
 
 def test_group_wide_sigterm_leaves_running_work_to_the_node(run: Run, tmp_path: Path) -> None:
@@ -643,7 +636,7 @@ def test_slots_that_are_spawned_run_chunks_die_and_are_replaced(
     pool.kill(hanging.head.id)
     assert run.died(hanging).reason == "killed by SIGKILL"
     pool.stop(0)
-    wait_for(lambda: gone(*pids))
+    wait_until(lambda: gone(*pids))
 
 
 @pytest.mark.parametrize("fork", [True, False])
@@ -655,10 +648,10 @@ def test_busy_slots_end_when_their_node_is_killed(tmp_path: Path, fork: bool) ->
     with subprocess.Popen([sys.executable, "-c", code]) as owner:
         slot, child, grandchild = family(tmp_path)
         owner.kill()
-    wait_for(lambda: gone(slot, child))
+    wait_until(lambda: gone(slot, child))
     if not fork:  # nobody can adopt it there
         os.kill(grandchild, signal.SIGKILL)
-    wait_for(lambda: gone(grandchild))
+    wait_until(lambda: gone(grandchild))
 
 
 # Speed

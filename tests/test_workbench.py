@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import msgspec
 import pytest
 import stacks
+from waiting import wait_until
 
 from yadtq_nb import codec, journal
 from yadtq_nb.config import Config
@@ -114,13 +115,6 @@ def bench(stack: stacks.Servers, queue_name: str) -> Iterator[Bench]:
     for node in made.nodes.values():
         node.close()
     made.store.close()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 # Feeding: the cursor fences.

@@ -6,23 +6,16 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 from stacks import MakeCluster
+from waiting import runs, runs_in_slots, traced, wait_until
 
 from yadtq_nb import LocalCluster
 
 LEASE = {"lease": 1.2, "heartbeat": 0.4}
 LIMIT = 60
-
-
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 def statuses(cluster: LocalCluster) -> list[str]:
@@ -42,22 +35,13 @@ def send(number: signal.Signals, pid: int, *, slots: bool) -> None:
 
 
 def test_node_that_stands_still_for_longer_than_its_lease_comes_back_and_doubles_nothing(
-    make_cluster: MakeCluster, tmp_path: Path
+    make_cluster: MakeCluster, audit: Path
 ) -> None:
     cluster = make_cluster(slots=1, workers=2, settings=LEASE)
-    audit = tmp_path / "audit"
-    audit.touch()
-
-    def traced(x: int) -> int:
-        with open(audit, "a") as file:
-            file.write(f"{x} {os.getpid()}\n")
-        time.sleep(0.01)
-        return x * x
-
     queue = cluster.queue()
-    job = queue.map(traced, range(600), chunksize=5)
-    wait_until(lambda: len(audit.read_text().splitlines()) > 60, "tasks run")
-    frozen = node_of(cluster, int(audit.read_text().splitlines()[-1].split()[1]))
+    job = queue.map(traced, range(600), kwargs={"audit": str(audit)}, chunksize=5)
+    wait_until(lambda: len(runs(audit)) > 60, "tasks run")
+    frozen = node_of(cluster, runs_in_slots(audit)[-1][1])
     send(signal.SIGSTOP, frozen, slots=True)
     try:
         wait_until(lambda: statuses(cluster) == ["live", "lost"], "it is missed")
@@ -68,7 +52,7 @@ def test_node_that_stands_still_for_longer_than_its_lease_comes_back_and_doubles
     wait_until(lambda: statuses(cluster) == ["live", "live"], "it is back")
     assert job.results(timeout=LIMIT) == [x * x for x in range(600)]
     assert (job.progress.succeeded, job.progress.failed) == (600, 0)
-    ran = Counter(int(line.split()[0]) for line in audit.read_text().splitlines())
+    ran = Counter(runs(audit))
     assert ran.keys() == set(range(600))
     assert sum(ran.values()) - 600 <= 10, "only what it held runs again"
     assert sum(worker.restarts for worker in cluster.workers) == 0

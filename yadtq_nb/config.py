@@ -76,6 +76,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     heartbeat: float = 1.0
     #: How long a lease holds without a heartbeat.
     lease: float = 2.5
+    #: How long a job must stand still, with everything fed, before the rest of it is called lost.
+    doubt: float = 10.0
     #: Chunks that may lie ready in the workbench before feeders stop reading; None for no limit.
     watermark_chunks: int | None = 1_000
     #: Bytes that may lie ready in the workbench before feeders stop reading; None for no limit.

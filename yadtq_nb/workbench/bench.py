@@ -17,8 +17,6 @@ from yadtq_nb.workbench.connection import ALWAYS_FITS, Connection
 #: A chunk that cannot be read is left to lapse this often, in case another node knows more; then its tasks end.
 _PATIENT: Final = 2
 
-#: Seconds for which a job must stand still, with everything fed, before the rest of it is called lost.
-DOUBT: Final = 10.0
 #: Blobs up to this size are told with the news, so that a client needs no second round trip; in bytes.
 _INLINE: Final = 2048
 
@@ -313,10 +311,9 @@ class Workbench:
         Raises:
             WorkbenchError: Redis cannot be reached.
         """
-        return [
-            (id, node)
-            for id, node in _texts(self._redis.call("reap", self._config.lease, dead, int(self._config.keep), DOUBT))
-        ]
+        config = self._config
+        found = self._redis.call("reap", config.lease, dead, int(config.keep), config.doubt)
+        return [(id, node) for id, node in _texts(found)]
 
     def init(self, partition: int, seen: Cursor | None, cursor: Cursor) -> Cursor | None:
         """Set a cursor if it still is the one that was seen.
