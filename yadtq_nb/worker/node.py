@@ -36,7 +36,7 @@ from yadtq_nb.backlog.publish import Publisher
 from yadtq_nb.backlog.reader import Record, replay_jobs
 from yadtq_nb.config import Config
 from yadtq_nb.errors import BacklogError, CodecError, TaskError, TooLargeError, WorkbenchError
-from yadtq_nb.model import Lease, Retry, WorkerInfo
+from yadtq_nb.model import Lease, WorkerInfo
 from yadtq_nb.slots.hints import wrong_python
 from yadtq_nb.slots.pool import Died, Outcomes, SlotPool
 from yadtq_nb.workbench.bench import Cursor, Heard, NotLiveError, Workbench
@@ -44,6 +44,7 @@ from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobStore
 from yadtq_nb.worker import crash
 from yadtq_nb.worker.blobs import BlobFiles
+from yadtq_nb.worker.deaths import Deaths
 from yadtq_nb.worker.feeder import Feeder
 from yadtq_nb.worker.heart import Heart
 from yadtq_nb.worker.restore import find_blob, restore_jobs
@@ -155,6 +156,7 @@ class Node:
         patiently(self._bench.check_server, _START)
         with contextlib.closing(JobStore(config, queue)) as store:
             store.check_secret()
+        self._deaths = Deaths(config, self.id, self._bench, post=self._post, later=self._outbox.append)
         self._publisher = Publisher(config, queue)
         topic = self._publisher.topic
         self._heart = Heart(
@@ -275,7 +277,7 @@ class Node:
         """Run a leased chunk in a reserved slot. Called by the main thread and by the feeder."""
         with self._leases_lock:
             self._leases[lease.head.id] = lease
-        hopeless = [offset for offset, times in lease.crashes.items() if times >= self._allowed(lease)]
+        hopeless = [offset for offset, times in lease.crashes.items() if times >= self._deaths.allowed(lease)]
         hopeless = [offset for offset in hopeless if offset not in lease.done]
         out = {*lease.done, *lease.waiting, *hopeless}
         left = [o for o in range(lease.head.count) if o not in out]
@@ -359,37 +361,9 @@ class Node:
         """A slot has died: charge the task that ran in it, and let its chunk-mates go on elsewhere."""
         lease = event.lease
         self._publisher.send_event("slot died", node=self.id, reason=event.reason, chunk=lease and lease.head.id)
-        if lease is None:
-            return
-        offset = next((o for o in range(lease.head.count) if o not in lease.done), 0)
-        offset = event.offset if event.offset is not None else offset
-        times = lease.crashes.get(offset, 0) + 1
-        if not event.ran or event.told:
-            self._outbox.append(lambda: self._bench.release(lease))
-        elif event.timed_out is not None:
-            self._end_late(lease, event.timed_out)
-        elif times < self._allowed(lease):
-            self._outbox.append(lambda: self._bench.release(lease, crashed=offset))
-        else:
-            states, frame = crash.outcome(self._config.key, self.id, lease, {offset: times}, event.reason, event.stderr)
-            self._post(lease, [offset], states, frame)
-            self._outbox.append(lambda: self._bench.release(lease))
-        self._drop(lease)
-
-    def _allowed(self, lease: Lease) -> int:
-        """Return how often a task may kill its slot or node."""
-        return lease.head.policy.max_crashes or self._config.max_crashes
-
-    def _end_late(self, lease: Lease, offset: int) -> None:
-        """A task took too long: it fails, or is tried again; its chunk-mates go on elsewhere."""
-        policy, tries = lease.head.policy, lease.tries.get(offset, 0)
-        if policy.retry_timeouts and tries < policy.retries:
-            note = f"attempt on {self.id}: yadtq_nb.errors.TaskTimeoutError: longer than {policy.timeout:g} s"
-            retry = Retry(offset, tries + 1, policy.delay(tries), note)
-            self._outbox.append(lambda: self._bench.retry(lease, [retry]))
-        else:
-            self._post(lease, [offset], *crash.late(self._config.key, self.id, lease, offset))
-        self._outbox.append(lambda: self._bench.release(lease))
+        if lease is not None:
+            self._deaths.settle(lease, event)
+            self._drop(lease)
 
     def _fail(self, lease: Lease, offsets: list[int], error: Exception) -> None:
         """End tasks that cannot even be started."""
