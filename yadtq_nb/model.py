@@ -11,6 +11,8 @@ from typing import Literal
 
 import msgspec
 
+from yadtq_nb.errors import Crash
+
 
 class State(enum.StrEnum):
     """State of one task."""
@@ -184,6 +186,16 @@ class Cancel(msgspec.Struct, frozen=True):
     reason: str = "cancelled"
 
 
+class Crashed(msgspec.Struct, frozen=True, array_like=True):
+    """What is known of a task that has killed its slot or its node as often as is allowed."""
+
+    #: Its item as text, or "" when it could not be shown.
+    item: str
+    crashes: tuple[Crash, ...]
+    #: The last lines that a slot had written.
+    stderr: str
+
+
 class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
     """An exception as it travels."""
 
@@ -196,6 +208,8 @@ class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
     pickled: bytes = b""
     #: The name of our own error to raise when it cannot be brought back as itself.
     ours: str = "TaskError"
+    #: Of a TaskCrashedError.
+    crashed: Crashed | None = None
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True):
@@ -326,6 +340,8 @@ class Lease(msgspec.Struct, frozen=True):
     waiting: frozenset[int] = frozenset()
     #: Why its record cannot be read, where that is so: its tasks end with this.
     trouble: str = ""
+    #: Offset in the chunk -> how that task has killed its slot or node, time by time.
+    deaths: dict[int, tuple[Crash, ...]] = {}
 
 
 def chunk_id(job: str, number: int) -> str:

@@ -46,6 +46,14 @@ class Child:
         self.timed_out: int | None = None
         self.environment: Environment | None = None
         self.lease: Lease | None = None
+        #: Offsets that are not to be run.
+        self.skip: tuple[int, ...] = ()
+        #: Offset of the item of which it is only to say what it looks like.
+        self.describes: int | None = None
+        #: Bytes that it used when it was killed for the memory limit.
+        self.used_memory = 0
+        #: Tasks that it was given so far.
+        self.tasks = 0
         self.log_start = 0
         self.used = 0.0
 
@@ -58,6 +66,11 @@ class Child:
         """Offset of the task that runs, or None."""
         offset = self.progress[0]
         return None if offset == NO_OFFSET else offset
+
+    def first(self) -> int | None:
+        """Offset of the first task that it was to run."""
+        skip = set(self.skip)
+        return next((o for o in range(self.lease.head.count) if o not in skip), None) if self.lease else None
 
     def is_idle(self) -> bool:
         """Return whether it may be given a chunk."""

@@ -27,6 +27,7 @@ from yadtq_nb.model import BrokenItem, ChunkHead, Environment
 from yadtq_nb.salvage import Unreadable
 from yadtq_nb.slots import hints, processes, running, wire
 from yadtq_nb.slots.outcomes import Outcomes, info
+from yadtq_nb.slots.show import shown
 from yadtq_nb.slots.wire import Order, Report, Setup
 
 if TYPE_CHECKING:
@@ -77,8 +78,20 @@ class Slot:
             return False
         order, record = _decode_order(frame[0]), frame[1]
         del frame  # a chunk is not to be held twice, nor longer than it runs
-        self._run(order, record)
+        if order.describe < 0:
+            self._run(order, record)
+        else:
+            self._describe(order, record)
         return True
+
+    def _describe(self, order: Order, record: bytearray) -> None:
+        """Say what the item of a task looks like that has crashed; the pool ends this slot when that takes too long."""
+        try:
+            head, _, items = self._open(order, record)
+            text = shown(items[order.describe], head.style)
+        except Exception as exc:
+            text = f"<it cannot be read: {type(exc).__qualname__}: {hints.message(exc)}>"
+        self._send(Report(order.describe, 0, b"", b"", last=True, item=text), b"")
 
     def _run(self, order: Order, record: bytearray) -> None:
         skip = frozenset(order.skip)

@@ -65,6 +65,8 @@ class Order(msgspec.Struct, frozen=True, array_like=True):
     #: Offset -> how often it has raised and was to be tried again, and what it raised each time.
     tries: dict[int, int] = {}
     notes: dict[int, tuple[str, ...]] = {}
+    #: Nothing is run: the slot says what the item at this offset looks like. -1 for none.
+    describe: int = -1
 
 
 class Report(msgspec.Struct, frozen=True, array_like=True):
@@ -81,6 +83,8 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
     retries: tuple[Retry, ...] = ()
     #: With the last report: true when a task of the order has no outcome.
     unfinished: bool = False
+    #: What an item looks like, when that was the order; there are no outcomes then, and no segment.
+    item: str | None = None
 
 
 class Note(msgspec.Struct, frozen=True, array_like=True):
@@ -92,6 +96,8 @@ class Note(msgspec.Struct, frozen=True, array_like=True):
     value: int = 0
     #: Log file for "fork".
     log: str = ""
+    #: For "exited": the most that the process had resident, in bytes.
+    memory: int = 0
 
 
 def send(sock: socket.socket, head: msgspec.Struct, body: Buffer = b"") -> None:

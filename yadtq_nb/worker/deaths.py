@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
+
+import msgspec
 
 from yadtq_nb.config import Config
+from yadtq_nb.errors import Crash
 from yadtq_nb.model import Lease, Retry
+from yadtq_nb.slots import hints
 from yadtq_nb.slots.pool import Died
 from yadtq_nb.workbench.bench import Workbench
 from yadtq_nb.worker import crash
+
+#: How much of what a slot has written last is kept of a crash, in characters.
+_STDERR: Final = 4096
 
 
 class Post(Protocol):
     """Sends outcomes to the workbench, sooner or later."""
 
     def __call__(self, lease: Lease, offsets: range | list[int], states: bytes, frame: bytes) -> None: ...
+
+
+class Part(msgspec.Struct, frozen=True):
+    """Tasks of a chunk that are run together."""
+
+    offsets: tuple[int, ...]
+    #: Whether the slot must be one in which nothing has run: what others have left there is not to be blamed on this.
+    fresh: bool = False
+    #: Nothing is run, but the item is described.
+    describe: bool = False
 
 
 class Deaths:
@@ -42,25 +60,39 @@ class Deaths:
 
     def settle(self, lease: Lease, event: Died) -> None:
         """Charge the task that ran in a slot that has died, and let its chunk-mates go on elsewhere."""
-        offset = next((o for o in range(lease.head.count) if o not in lease.done), 0)
-        offset = event.offset if event.offset is not None else offset
-        times = lease.crashes.get(offset, 0) + 1
-        if not event.ran or event.told:
-            self._later(lambda: self._bench.release(lease))
-        elif event.timed_out is not None:
+        offset = event.offset if event.offset is not None else event.first or 0
+        if event.describes is not None:
+            self.end(lease, event.describes, None)
+        elif event.ran and not event.told and event.timed_out is not None:
             self._end_late(lease, event.timed_out)
-        elif times < self.allowed(lease):
-            self._later(lambda: self._bench.release(lease, crashed=offset))
-        else:
-            states, frame = crash.outcome(
-                self._config.key, self._node, lease, {offset: times}, event.reason, event.stderr
-            )
-            self._post(lease, [offset], states, frame)
-            self._later(lambda: self._bench.release(lease))
+            return
+        elif event.ran and not event.told:
+            death = Crash(hints.HOST, self._node, event.reason, event.memory, 0.0, event.stderr[-_STDERR:])
+            # Also when it was the last time: whoever takes the chunk next finds out what its item is, and ends it.
+            self._later(lambda: self._bench.release(lease, crashed=(offset, death)))
+            return
+        self._later(lambda: self._bench.release(lease))
 
-    def allowed(self, lease: Lease) -> int:
-        """Return how often a task may kill its slot or node."""
-        return lease.head.policy.max_crashes or self._config.max_crashes
+    def end(self, lease: Lease, offset: int, item: str | None) -> None:
+        """End a task that has killed its slot or node too often. item: what it looks like, None when nobody can say."""
+        self._post(lease, [offset], *crash.outcome(self._config.key, self._node, lease, offset, item))
+
+    def parts(self, lease: Lease, left: list[int]) -> collections.deque[Part]:
+        """Return what is to be run of a chunk over which slots or nodes have died, part after part.
+
+        First what is above suspicion, all together; then each suspect alone, so that the next death is charged to the
+        right one and touches nobody else. In the end, each that is not tried again has its item described.
+        """
+        allowed = lease.head.policy.max_crashes or self._config.max_crashes
+        # One more than is allowed: its item was being described when the node died.
+        for offset in [o for o in left if lease.crashes.get(o, 0) > allowed]:
+            self.end(lease, offset, None)
+        others = tuple(o for o in left if not lease.crashes.get(o) and not lease.lapses)
+        alone = [o for o in left if lease.crashes.get(o, 0) < allowed and o not in others]
+        parts = [Part(others)] if others else []
+        parts += [Part((o,), fresh=bool(lease.crashes.get(o))) for o in alone]
+        parts += [Part((o,), describe=True) for o in left if lease.crashes.get(o, 0) == allowed]
+        return collections.deque(parts)
 
     def _end_late(self, lease: Lease, offset: int) -> None:
         """A task took too long: it fails, or is tried again; its chunk-mates go on elsewhere."""
