@@ -87,7 +87,7 @@ def marked(mark: str) -> list[int]:
 
 def peak(usage: resource.struct_rusage) -> int:
     """Return the most that an ended process had resident, in bytes."""
-    return int(usage.ru_maxrss) * (1024 if LINUX else 1)
+    return int(usage.ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
 
 
 def describe(status: int) -> str:
