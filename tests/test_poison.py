@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import pickle
@@ -142,7 +143,60 @@ def test_item_that_kills_whoever_reads_it_ends_its_task_and_the_error_says_so(cl
         cluster.queue().submit(type, Mine()).result(30)
     assert caught.value.item == ""
     assert "its item: cannot be shown" in str(caught.value)
-    assert [crash.reason for crash in caught.value.crashes] == ["exited with status 5"] * 2
+    assert [crash.reason for crash in caught.value.crashes] == ["exited with status 5, before its task had begun"] * 2
+
+
+@pytest.mark.parametrize("place", [0, 5])
+def test_item_that_kills_whoever_reads_it_leaves_its_mates_alone(
+    cluster: LocalCluster, tmp_path: Path, place: int
+) -> None:
+    class Mine:
+        def __init__(self, n: int) -> None:
+            self.n = n
+
+        def __setstate__(self, state: dict[str, int]) -> None:
+            self.n = state["n"]
+            if self.n == place:
+                os._exit(5)
+
+    audit = tmp_path / "audit"
+
+    def run(x: Mine) -> int:
+        with audit.open("a") as file:
+            file.write(f"{x.n}\n")
+        return x.n
+
+    results = cluster.queue().map(run, map(Mine, range(8)), chunksize=8).results(timeout=30, errors="return")
+    error = results.pop(place)
+    assert isinstance(error, TaskCrashedError)
+    assert error.index == place
+    assert [crash.reason for crash in error.crashes] == ["exited with status 5, before its task had begun"] * 2
+    assert results == [x for x in range(8) if x != place]
+    assert audited(audit) == Counter(results)
+
+
+def test_function_that_kills_whoever_reads_it_ends_all_tasks_of_its_chunk_soon(
+    cluster: LocalCluster, tmp_path: Path
+) -> None:
+    audit = tmp_path / "audit"
+
+    class Function:
+        def __call__(self, x: int) -> int:
+            return x
+
+        def __setstate__(self, state: object) -> None:
+            with audit.open("a") as file:
+                file.write("0\n")
+            os._exit(6)
+
+        def __getstate__(self) -> object:
+            return 1
+
+    results = cluster.queue().map(Function(), range(50), chunksize=50).results(timeout=30, errors="return")
+    assert {type(error) for error in results} == {TaskCrashedError}
+    assert [error.index for error in results] == list(range(50))
+    assert "before its task had begun" in str(results[7])
+    assert audited(audit)[0] == 3
 
 
 def test_crash_by_the_death_of_a_node_names_that_node(make_cluster: MakeCluster) -> None:
@@ -392,7 +446,8 @@ def test_chunks_are_not_lost_when_slots_are_replaced_while_they_are_killed(make_
         while waiting and run.pool.reserve(1):
             run.pool.run(waiting.pop())
         if number % 7 == 3 and (pids := run.pool.pids()):
-            os.kill(pids[0], signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it was quicker
+                os.kill(pids[0], signal.SIGKILL)
         run.events += run.pool.poll(0.01)
         if not waiting and not run.pool.running():
             break

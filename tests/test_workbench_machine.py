@@ -48,7 +48,7 @@ from workbench_model import LEASE, WATERMARK, Model, steps
 from yadtq_nb import codec
 from yadtq_nb.config import Config
 from yadtq_nb.errors import Crash
-from yadtq_nb.model import ChunkHead, Environment, Lease, Manifest, Seal, WorkerInfo
+from yadtq_nb.model import WHOLE, ChunkHead, Environment, Lease, Manifest, Seal, WorkerInfo
 from yadtq_nb.workbench.bench import Batch, Cursor, NotLiveError, Workbench
 from yadtq_nb.workbench.jobs import JobStore
 
@@ -473,7 +473,7 @@ class Machine(RuleBasedStateMachine):
         if answer != "current":
             self.drop(node, lease)
 
-    @rule(lease=leases, crashed=st.none() | st.integers(0, 2), fate=FATES)
+    @rule(lease=leases, crashed=st.none() | st.integers(WHOLE, 2), fate=FATES)
     def release(self, lease: tuple[Node, Lease], crashed: int | None, fate: str) -> None:
         node, held = lease
         charged = None if crashed is None else (crashed, Crash("host", node.name, "killed"))

@@ -318,6 +318,10 @@ class Retry(msgspec.Struct, frozen=True, array_like=True):
     note: str
 
 
+#: Stands for an offset where a slot has died over a chunk before it was known which of its tasks is to blame.
+WHOLE: int = -1
+
+
 class Lease(msgspec.Struct, frozen=True):
     """A node's right to run one chunk, until it lapses."""
 
@@ -328,7 +332,7 @@ class Lease(msgspec.Struct, frozen=True):
     record: bytes
     #: Offsets in the chunk that have an outcome already.
     done: frozenset[int] = frozenset()
-    #: Offset in the chunk -> how often that task has killed its slot or node.
+    #: Offset in the chunk -> how often that task has killed its slot or node. WHOLE is none's in particular.
     crashes: dict[int, int] = {}
     #: How often a lease of this chunk has lapsed after it had started.
     lapses: int = 0

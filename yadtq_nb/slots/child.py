@@ -14,7 +14,7 @@ from yadtq_nb import source
 from yadtq_nb.model import Environment, Lease
 from yadtq_nb.slots import wire
 from yadtq_nb.slots.launch import shared_memory
-from yadtq_nb.slots.wire import NO_OFFSET
+from yadtq_nb.slots.wire import NO_OFFSET, READING
 
 #: A log longer than this is cut, in bytes, and how much of it is kept.
 _LOG_LIMIT: Final = 8 * 1024 * 1024
@@ -46,8 +46,6 @@ class Child:
         self.timed_out: int | None = None
         self.environment: Environment | None = None
         self.lease: Lease | None = None
-        #: Offsets that are not to be run.
-        self.skip: tuple[int, ...] = ()
         #: Offset of the item of which it is only to say what it looks like.
         self.describes: int | None = None
         #: Bytes that it used when it was killed for the memory limit.
@@ -63,14 +61,13 @@ class Child:
         os.close(self.progress_fd)
 
     def offset(self) -> int | None:
-        """Offset of the task that runs, or None."""
+        """Offset of the task that runs, or whose item is being read, or None."""
         offset = self.progress[0]
-        return None if offset == NO_OFFSET else offset
+        return None if offset == NO_OFFSET else offset & ~READING
 
-    def first(self) -> int | None:
-        """Offset of the first task that it was to run."""
-        skip = set(self.skip)
-        return next((o for o in range(self.lease.head.count) if o not in skip), None) if self.lease else None
+    def reads(self) -> bool:
+        """Tell whether the task's item is only being read."""
+        return self.progress[0] != NO_OFFSET and bool(self.progress[0] & READING)
 
     def is_idle(self) -> bool:
         """Return whether it may be given a chunk."""

@@ -26,7 +26,7 @@ from typing import Final, TypeAlias
 
 import msgspec
 
-from yadtq_nb.model import Environment, Lease, Retry
+from yadtq_nb.model import WHOLE, Environment, Lease, Retry
 from yadtq_nb.slots import processes, wire
 from yadtq_nb.slots.child import Child, bound, size, tail
 from yadtq_nb.slots.launch import Launcher, launcher
@@ -82,8 +82,8 @@ class Died(msgspec.Struct, frozen=True):
     told: bool = False
     #: The most that it had resident in its life, or what it used when it was killed for that; 0 when nobody can tell.
     memory: int = 0
-    #: Offset of the first task that it was to run.
-    first: int | None = None
+    #: True when the item of that task was only being read.
+    read: bool = False
     #: Offset of the item of which it was only to say what it looks like.
     describes: int | None = None
 
@@ -200,12 +200,13 @@ class SlotPool:
                 tells Described, or Died if that has killed the slot, or took too long.
         """
         head = lease.head
+        skipped = skip | lease.done | lease.waiting
         order = Order(
             head.job,
             head.number,
             head.first,
             head.count,
-            tuple(skip | lease.done | lease.waiting),
+            tuple(skipped),
             _attempts(lease),
             str(function_path or ""),
             str(tree_path or ""),
@@ -213,6 +214,8 @@ class SlotPool:
             tries=lease.tries,
             notes=lease.notes,
             describe=-1 if describe is None else describe,
+            careful=WHOLE in lease.crashes,
+            poison=tuple(skipped.intersection(lease.crashes)),
         )
         with self._lock:
             self._reserved -= 1
@@ -224,7 +227,7 @@ class SlotPool:
             slot.lease, slot.environment, slot.used = lease, slot.environment or head.environment, time.monotonic()
             slot.progress[0], slot.progress[1] = NO_OFFSET, GO_ON
             slot.seen, slot.timed_out = None, None
-            slot.skip, slot.describes = order.skip, describe
+            slot.describes = describe
             slot.kill_at = None if describe is None else time.monotonic() + _DESCRIBING
             slot.tasks += head.count - len(order.skip)
             slot.log_start = size(slot.log)
@@ -457,7 +460,7 @@ class SlotPool:
                     timed_out=late,
                     told=slot.kill_at is not None and slot.describes is None,
                     memory=slot.used_memory or memory,
-                    first=slot.first(),
+                    read=slot.reads(),
                     describes=slot.describes,
                 )
             )

@@ -19,6 +19,8 @@ Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
 #: Value of a slot's progress cell while it has not begun with a task.
 NO_OFFSET: Final = 0xFFFFFFFF
+#: Set in it while a slot reads an item by itself.
+READING: Final = 0x80000000
 #: Values of the cell beside it: nothing is wanted; the slot is to stop after the task that runs; it is to end.
 GO_ON: Final[int] = 0
 HOLD: Final[int] = 1
@@ -67,6 +69,10 @@ class Order(msgspec.Struct, frozen=True, array_like=True):
     notes: dict[int, tuple[str, ...]] = {}
     #: Nothing is run: the slot says what the item at this offset looks like. -1 for none.
     describe: int = -1
+    #: True when a slot has died while it read this chunk: then item by item, each told in the progress first.
+    careful: bool = False
+    #: Offsets of items that are not even to be read then.
+    poison: tuple[int, ...] = ()
 
 
 class Report(msgspec.Struct, frozen=True, array_like=True):

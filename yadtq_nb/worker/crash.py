@@ -10,19 +10,27 @@ from typing import Final
 
 from yadtq_nb import codec
 from yadtq_nb.errors import Crash, TaskError
-from yadtq_nb.model import Crashed, ErrorInfo, Lease, Segment
+from yadtq_nb.model import WHOLE, Crashed, ErrorInfo, Lease, Segment
 from yadtq_nb.slots import memory
 
 _SIGKILL: Final = "killed by SIGKILL"
 
 
-def outcome(secret: bytes, node: str, lease: Lease, offset: int, item: str | None) -> tuple[bytes, bytes]:
-    """Return states and frame of a task that has killed its slot or node as often as is allowed.
+def outcome(secret: bytes, node: str, lease: Lease, offsets: list[int], item: str | None) -> tuple[bytes, bytes]:
+    """Return states and frame of tasks that have killed their slot or node as often as is allowed.
 
     Args:
+        offsets: one, or several when none in particular is to blame.
         item: what it looks like, or None when that could not be found out.
     """
-    index, times, deaths = lease.head.first + offset, lease.crashes[offset], lease.deaths.get(offset, ())
+    blamed = {offset: offset if offset in lease.crashes else WHOLE for offset in offsets}
+    errors = {lease.head.first + o: _crashed(lease, lease.head.first + o, of, item) for o, of in blamed.items()}
+    attempts = {lease.head.first + o: lease.crashes[of] for o, of in blamed.items()}
+    return _failed(secret, node, lease, offsets, errors, attempts)
+
+
+def _crashed(lease: Lease, index: int, blamed: int, item: str | None) -> ErrorInfo:
+    times, deaths = lease.crashes[blamed], lease.deaths.get(blamed, ())
     stderr = next((death.stderr for death in reversed(deaths) if death.stderr), "")
     lines = [
         f"task {index} of job {lease.head.job_name!r} has killed its slot {times} times and is not tried again: "
@@ -40,8 +48,7 @@ def outcome(secret: bytes, node: str, lease: Lease, offset: int, item: str | Non
     if stderr:
         lines.append(f"last lines of its output:\n{stderr}")
     crashed = Crashed(item or "", deaths, stderr)
-    error = ErrorInfo("yadtq_nb.TaskCrashedError", "\n".join(lines), "", ours="TaskCrashedError", crashed=crashed)
-    return _failed(secret, node, lease, [offset], {index: error}, {index: times})
+    return ErrorInfo("yadtq_nb.TaskCrashedError", "\n".join(lines), "", ours="TaskCrashedError", crashed=crashed)
 
 
 def _told(death: Crash) -> str:

@@ -10,7 +10,7 @@ import msgspec
 
 from yadtq_nb.config import Config
 from yadtq_nb.errors import Crash
-from yadtq_nb.model import Lease, Retry
+from yadtq_nb.model import WHOLE, Lease, Retry
 from yadtq_nb.slots import hints
 from yadtq_nb.slots.pool import Died
 from yadtq_nb.workbench.bench import Workbench
@@ -20,10 +20,19 @@ from yadtq_nb.worker import crash
 _STDERR: Final = 4096
 
 
+#: What the reason ends with, of a death in which the task had not begun.
+_UNBEGUN: Final = ", before its task had begun"
+
+
 class Post(Protocol):
     """Sends outcomes to the workbench, sooner or later."""
 
     def __call__(self, lease: Lease, offsets: range | list[int], states: bytes, frame: bytes) -> None: ...
+
+
+def _is_unbegun(lease: Lease, offset: int) -> bool:
+    deaths = lease.deaths.get(offset, ())
+    return bool(deaths) and deaths[-1].reason.endswith(_UNBEGUN)
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -60,38 +69,49 @@ class Deaths:
 
     def settle(self, lease: Lease, event: Died) -> None:
         """Charge the task that ran in a slot that has died, and let its chunk-mates go on elsewhere."""
-        offset = event.offset if event.offset is not None else event.first or 0
         if event.describes is not None:
-            self.end(lease, event.describes, None)
+            self.end(lease, [event.describes], None)
         elif event.ran and not event.told and event.timed_out is not None:
             self._end_late(lease, event.timed_out)
             return
         elif event.ran and not event.told:
-            death = Crash(hints.HOST, self._node, event.reason, event.memory, 0.0, event.stderr[-_STDERR:])
+            offset = event.offset
+            reason = event.reason if offset is not None and not event.read else event.reason + _UNBEGUN
+            if offset is None:
+                offset = WHOLE if lease.head.count > 1 else 0
+            death = Crash(hints.HOST, self._node, reason, event.memory, 0.0, event.stderr[-_STDERR:])
             # Also when it was the last time: whoever takes the chunk next finds out what its item is, and ends it.
             self._later(lambda: self._bench.release(lease, crashed=(offset, death)))
             return
         self._later(lambda: self._bench.release(lease))
 
-    def end(self, lease: Lease, offset: int, item: str | None) -> None:
-        """End a task that has killed its slot or node too often. item: what it looks like, None when nobody can say."""
-        self._post(lease, [offset], *crash.outcome(self._config.key, self._node, lease, offset, item))
+    def end(self, lease: Lease, offsets: list[int], item: str | None) -> None:
+        """End tasks that have killed their slot or node too often. item: what it looks like, None if nobody can say."""
+        self._post(lease, offsets, *crash.outcome(self._config.key, self._node, lease, offsets, item))
 
     def parts(self, lease: Lease, left: list[int]) -> collections.deque[Part]:
         """Return what is to be run of a chunk over which slots or nodes have died, part after part.
 
         First what is above suspicion, all together; then each suspect alone, so that the next death is charged to the
         right one and touches nobody else. In the end, each that is not tried again has its item described.
+
+        Where a slot has died before a task had begun, the next one reads item by item, so that one of them is charged.
+        If it is none of them, but the function, all tasks end, after one death more than a task is allowed.
         """
         allowed = lease.head.policy.max_crashes or self._config.max_crashes
+        if left and lease.crashes.get(WHOLE, 0) > allowed:
+            self.end(lease, left, None)
+            return collections.deque()
+        hopeless = [o for o in left if lease.crashes.get(o, 0) >= allowed]
         # One more than is allowed: its item was being described when the node died.
-        for offset in [o for o in left if lease.crashes.get(o, 0) > allowed]:
-            self.end(lease, offset, None)
+        mute = [o for o in hopeless if lease.crashes[o] > allowed or _is_unbegun(lease, o)]
+        for offset in mute:
+            self.end(lease, [offset], None)
         others = tuple(o for o in left if not lease.crashes.get(o) and not lease.lapses)
         alone = [o for o in left if lease.crashes.get(o, 0) < allowed and o not in others]
         parts = [Part(others)] if others else []
         parts += [Part((o,), fresh=bool(lease.crashes.get(o))) for o in alone]
-        parts += [Part((o,), describe=True) for o in left if lease.crashes.get(o, 0) == allowed]
+        parts += [Part((o,), describe=True) for o in hopeless if o not in mute]
         return collections.deque(parts)
 
     def _end_late(self, lease: Lease, offset: int) -> None:

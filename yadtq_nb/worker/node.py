@@ -218,7 +218,7 @@ class Node:
                 if isinstance(event, Outcomes):
                     self._finish(event)
                 elif isinstance(event, Described):
-                    self._deaths.end(event.lease, event.offset, event.text)
+                    self._deaths.end(event.lease, [event.offset], event.text)
                     self._go_on(event.lease)
                 else:
                     self._bury(event)
