@@ -220,6 +220,28 @@ def test_crash_by_the_death_of_a_node_names_that_node(make_cluster: MakeCluster)
     assert {crash.host for crash in error.crashes} == {os.uname().nodename}
 
 
+def test_item_whose_description_kills_its_node_costs_one_node_only(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(slots=1, workers=2)
+
+    class Mine:
+        def __repr__(self) -> str:
+            for process in psutil.Process().parents():
+                if "yadtq_nb.worker" in process.cmdline() and "--slots" in process.cmdline():
+                    process.kill()
+            time.sleep(30)
+            return ""
+
+    def run(x: Mine | int) -> int:
+        if isinstance(x, Mine):
+            os._exit(3)
+        return x
+
+    results = cluster.queue().map(run, [0, Mine(), 2], chunksize=3).results(timeout=60, errors="return")
+    assert (results[0], results[2]) == (0, 2)
+    reasons = [crash.reason for crash in results[1].crashes]
+    assert reasons == ["exited with status 3", "exited with status 3", "its node died or was cut off"]
+
+
 # A slot that only says what an item looks like
 
 
