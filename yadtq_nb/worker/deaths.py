@@ -46,7 +46,7 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class Deaths:
-    """Called by the main thread only."""
+    """Settles deaths for a node. Called by the main thread only: what the feeder starts has no past."""
 
     def __init__(
         self,
@@ -104,13 +104,13 @@ class Deaths:
             return collections.deque()
         hopeless = [o for o in left if lease.crashes.get(o, 0) >= allowed]
         # One more than is allowed: its item was being described when the node died.
-        mute = [o for o in hopeless if lease.crashes[o] > allowed or _is_unbegun(lease, o)]
+        mute = {o for o in hopeless if lease.crashes[o] > allowed or _is_unbegun(lease, o)}
         for offset in mute:
             self.end(lease, [offset], None)
-        others = tuple(o for o in left if not lease.crashes.get(o) and not lease.lapses)
-        alone = [o for o in left if lease.crashes.get(o, 0) < allowed and o not in others]
+        others = () if lease.lapses else tuple(o for o in left if o not in lease.crashes)
+        suspects = left if lease.lapses else [o for o in left if o in lease.crashes]
         parts = [Part(others)] if others else []
-        parts += [Part((o,), fresh=bool(lease.crashes.get(o))) for o in alone]
+        parts += [Part((o,), fresh=o in lease.crashes) for o in suspects if lease.crashes.get(o, 0) < allowed]
         parts += [Part((o,), describe=True) for o in hopeless if o not in mute]
         return collections.deque(parts)
 
