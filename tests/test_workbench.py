@@ -13,7 +13,7 @@ from waiting import wait_until
 
 from yadtq_nb import codec, journal
 from yadtq_nb.config import Config
-from yadtq_nb.errors import SignatureError, WorkbenchError
+from yadtq_nb.errors import Crash, SignatureError, WorkbenchError
 from yadtq_nb.model import Cancel, ChunkHead, Environment, Lease, Manifest, Retry, Seal, Segment, WorkerInfo
 from yadtq_nb.workbench.bench import Batch, Cursor, NotLiveError, Share, Workbench
 from yadtq_nb.workbench.jobs import JobStore
@@ -21,6 +21,7 @@ from yadtq_nb.worker.restore import restore_jobs
 
 TOPIC = "topic-1"
 LEASE = 0.4
+DEATH = Crash("here", "a", "killed by SIGSEGV", 1_000, 0.0, "some lines")
 
 
 class Bench:
@@ -342,9 +343,42 @@ def test_parts_of_a_chunk_that_overlap_are_counted_once_and_the_mask_tells_which
 def test_chunk_that_is_given_back_keeps_what_is_done(bench: Bench) -> None:
     (lease,) = bench.feed(bench.head(0, count=3), free=1)
     bench.finish("a", lease, b"S", first=1)
-    assert bench.node("a").release(lease, crashed=2)
+    assert bench.node("a").release(lease, crashed=(2, DEATH))
     (again,) = bench.node("a").take(1)[0]
     assert (again.done, again.crashes) == (frozenset({1}), {2: 1})
+
+
+def test_each_crash_of_a_task_is_kept_with_host_node_and_reason_until_its_chunk_is_closed(bench: Bench) -> None:
+    (lease,) = bench.feed(bench.head(0, count=3), free=1)
+    before = time.time()
+    assert bench.node("a").release(lease, crashed=(2, DEATH))
+    assert bench.node("a").release(lease, crashed=(2, DEATH)) is False, "sent twice it counts once"
+    (lease,) = bench.node("a").take(1)[0]
+    bench.node("a").mark(lease, 2)
+    bench.node("b").reap("a")
+    bench.beat("b")
+    (lease,) = bench.node("b").take(1)[0]
+    first, second = lease.deaths[2]
+    assert first[:4] == DEATH[:4]
+    assert first.stderr == DEATH.stderr, "what a dead node cannot tell does not take its place"
+    assert (second.host, second.node, second.reason) == ("host", "a", "its node died or was cut off")
+    assert before - 5 < first.time < second.time < time.time() + 5
+    assert lease.crashes == {2: 2}
+    bench.node("b").release(lease, crashed=(2, DEATH._replace(node="b", memory=1, stderr="later")))
+    (lease,) = bench.node("b").take(1)[0]
+    assert [death.stderr for death in lease.deaths[2]] == ["", "", "later"]
+    assert bench.finish("b", lease, b"SSF") == "closed"
+    with bench.store._redis.use() as client:
+        assert client.hgetall(bench.store._redis.key("crashes")) == {}
+
+
+def test_of_very_many_crashes_the_first_and_the_latest_are_kept(bench: Bench) -> None:
+    (lease,) = bench.feed(bench.head(0), free=1)
+    for number in range(20):
+        bench.node("a").release(lease, crashed=(0, DEATH._replace(memory=number)))
+        (lease,) = bench.node("a").take(1)[0]
+    assert lease.crashes == {0: 20}
+    assert [death.memory for death in lease.deaths[0]] == [0, 1, 2, 3, 4, *range(13, 20)]
 
 
 def test_job_ends_when_it_is_sealed_and_its_last_outcome_is_there_in_either_order(bench: Bench) -> None:

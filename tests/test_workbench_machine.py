@@ -47,7 +47,8 @@ from workbench_model import LEASE, WATERMARK, Model, steps
 
 from yadtq_nb import codec
 from yadtq_nb.config import Config
-from yadtq_nb.model import ChunkHead, Environment, Lease, Manifest, Seal, WorkerInfo
+from yadtq_nb.errors import Crash
+from yadtq_nb.model import WHOLE, ChunkHead, Environment, Lease, Manifest, Seal, WorkerInfo
 from yadtq_nb.workbench.bench import Batch, Cursor, NotLiveError, Workbench
 from yadtq_nb.workbench.jobs import JobStore
 
@@ -132,8 +133,8 @@ def observe(store: Store) -> dict[str, Any]:
     pipe.time().hgetall(key("cursor")).hgetall(key("open")).lrange(key("ready"), 0, -1).get(key("ready_bytes"))
     pipe.zrange(key("leases"), 0, -1, withscores=True).hgetall(key("at"))
     pipe.zrange(key("beats"), 0, -1, withscores=True).smembers(key("feeders")).smembers(key("dead"))
-    pipe.hkeys(key("restored"))
-    (now, _), cursor, packed, ready, ready_bytes, leases, at, beats, feeders, dead, restored = pipe.execute()
+    pipe.hkeys(key("restored")).hgetall(key("crashes"))
+    (now, _), cursor, packed, ready, ready_bytes, leases, at, beats, feeders, dead, restored, deaths = pipe.execute()
     open = {id.decode(): msgspec.msgpack.decode(chunk) for id, chunk in packed.items()}
     assert int(ready_bytes or 0) == sum(open[id.decode()]["size"] for id in ready if id.decode() in open)
     temporary = [name for name in names if name.startswith((key("job:"), key("name:")))]
@@ -163,6 +164,10 @@ def observe(store: Store) -> dict[str, Any]:
                 {tuple(position) for position in chunk["positions"]},
             )
             for id, chunk in open.items()
+        },
+        "deaths": {
+            field.decode(): [tuple(death[:3]) for death in msgspec.msgpack.decode(told)]
+            for field, told in deaths.items()
         },
         "positions": {
             (topic, int(p), int(offset))
@@ -430,7 +435,7 @@ class Machine(RuleBasedStateMachine):
             fate,
             lambda: self.store.bench(node.name).take(count)[0],
             lambda: self.model.take(node.name, count),
-            lambda taken: [(x.head.id, x.token, set(x.done), x.crashes, x.lapses) for x in taken],
+            lambda taken: [(x.head.id, x.token, set(x.done), x.crashes, x.lapses, how(x)) for x in taken],
         )
         return self.hold(node, taken or [])
 
@@ -468,13 +473,14 @@ class Machine(RuleBasedStateMachine):
         if answer != "current":
             self.drop(node, lease)
 
-    @rule(lease=leases, crashed=st.none() | st.integers(0, 2), fate=FATES)
+    @rule(lease=leases, crashed=st.none() | st.integers(WHOLE, 2), fate=FATES)
     def release(self, lease: tuple[Node, Lease], crashed: int | None, fate: str) -> None:
         node, held = lease
+        charged = None if crashed is None else (crashed, Crash("host", node.name, "killed"))
         self.both(
             fate,
-            lambda: self.store.bench(node.name).release(held, crashed=crashed),
-            lambda: self.model.release(node.name, held, crashed),
+            lambda: self.store.bench(node.name).release(held, crashed=charged),
+            lambda: self.model.release(node.name, held, charged),
         )
         self.drop(node, held)
 
@@ -649,6 +655,10 @@ class Machine(RuleBasedStateMachine):
             self.redis_holds_what_the_model_says()
         if self.sealed and all(self.model.is_finished(head) for head in self.heads if head.job == "map"):
             assert self.model.jobs["map"].ended, "never ends"
+
+
+def how(lease: Lease) -> dict[int, list[tuple[str, ...]]]:
+    return {offset: [death[:3] for death in deaths] for offset, deaths in lease.deaths.items()}
 
 
 def chosen(examples: int, **more: Any) -> settings:

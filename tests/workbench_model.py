@@ -7,6 +7,7 @@ import dataclasses
 import math
 from typing import Any
 
+from yadtq_nb.errors import Crash
 from yadtq_nb.model import ChunkHead, Lease
 from yadtq_nb.workbench.bench import Batch, Cursor
 
@@ -36,6 +37,8 @@ class Chunk:
     at: int | None = None
     lapses: int = 0
     crashes: dict[int, int] = dataclasses.field(default_factory=dict)
+    #: Offset -> how it has crashed: (host, node, reason), time by time; of very many, the first five and the latest.
+    deaths: dict[int, list[tuple[str, str, str]]] = dataclasses.field(default_factory=dict)
 
 
 class Model:
@@ -124,12 +127,12 @@ class Model:
             self.end_if_complete(lease.head.job)
         return "closed" if closed else "current" if current else "lapsed"
 
-    def release(self, node: str, lease: Lease, crashed: int | None) -> bool:
+    def release(self, node: str, lease: Lease, crashed: tuple[int, Crash] | None) -> bool:
         if not self.holds(node, lease):
             return False
         chunk = self.open[lease.head.id]
         if crashed is not None:
-            chunk.crashes[crashed] = chunk.crashes.get(crashed, 0) + 1
+            self.charge(chunk, crashed[0], crashed[1][:3])
         self.put_back(chunk)
         return True
 
@@ -167,7 +170,8 @@ class Model:
             chunk = self.open[id]
             chunk.lapses += 1
             if chunk.at is not None:
-                chunk.crashes[chunk.at] = chunk.crashes.get(chunk.at, 0) + 1
+                assert chunk.owner is not None
+                self.charge(chunk, chunk.at, ("host", chunk.owner, "its node died or was cut off"))
             self.put_back(chunk)
         return lapsed
 
@@ -207,11 +211,16 @@ class Model:
         self.token += 1
         chunk.owner, chunk.token, chunk.deadline = node, self.token, self.now + LEASE
         self.jobs[chunk.head.job].running += chunk.weight
-        return id, self.token, set(self.outcomes[id]), dict(chunk.crashes), chunk.lapses
+        return id, self.token, set(self.outcomes[id]), dict(chunk.crashes), chunk.lapses, dict(chunk.deaths)
 
     def revoke(self, chunk: Chunk) -> None:
         chunk.owner = chunk.at = None
         self.jobs[chunk.head.job].running -= chunk.weight
+
+    def charge(self, chunk: Chunk, offset: int, death: tuple[str, str, str]) -> None:
+        chunk.crashes[offset] = chunk.crashes.get(offset, 0) + 1
+        known = [*chunk.deaths.get(offset, []), death]
+        chunk.deaths[offset] = known if len(known) <= 12 else known[:5] + known[6:]
 
     def put_back(self, chunk: Chunk) -> None:
         self.revoke(chunk)
@@ -247,6 +256,7 @@ class Model:
                 id: (set(self.outcomes[id]), c.owner, c.token, c.lapses, c.crashes, c.positions)
                 for id, c in self.open.items()
             },
+            "deaths": {f"{id}:{offset}": told for id, c in self.open.items() for offset, told in c.deaths.items()},
             "positions": self.positions(),
             "ready": self.ready,
             "leases": {id: steps(chunk.deadline - self.now) for id, chunk in leased.items()},

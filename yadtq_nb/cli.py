@@ -109,18 +109,43 @@ def worker(
     kafka: Kafka = None,
     redis: Redis = None,
     secret_file: SecretFile = None,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(
+            help="What a slot may use, with all that its task has started, such as 2G: over it, it is stopped, and its "
+            "task is charged with a crash.",
+            metavar="SIZE",
+            show_default="no limit",
+        ),
+    ] = None,
+    max_tasks_per_slot: Annotated[
+        int | None,
+        typer.Option(
+            help="A slot that has run so many tasks is replaced by a fresh one: against what leaks.",
+            metavar="N",
+            min=1,
+            show_default="no limit",
+        ),
+    ] = None,
 ) -> None:
     """Run a worker node until Ctrl-C or SIGTERM."""
     from yadtq_nb.local.stack import cores
     from yadtq_nb.worker.node import serve
 
-    settings = _settings(kafka, redis, secret_file)
+    settings, limit = _settings(kafka, redis, secret_file), config.parse_memory_limit(memory_limit)
     slots = slots or cores()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     out.print(f"Worker of queue [bold]{escape(queue)}[/] with {slots} slots")
     out.print(f"  Kafka  {escape(settings.kafka)}")
     out.print(f"  Redis  {escape(shown(settings.redis))}")
-    serve(settings, queue=queue, slots=slots, ready=lambda node: out.print(f"Ready as {escape(node.id)}"))
+    serve(
+        settings,
+        queue=queue,
+        slots=slots,
+        memory_limit=limit,
+        max_tasks_per_slot=max_tasks_per_slot,
+        ready=lambda node: out.print(f"Ready as {escape(node.id)}"),
+    )
 
 
 @app.command(rich_help_panel="Queue")

@@ -20,7 +20,7 @@ import struct
 import sys
 import types
 from collections import ChainMap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Final, TypeAlias
 
 import msgspec
@@ -172,14 +172,19 @@ def loads(data: Buffer) -> Any:
     return pickle.loads(pickled, buffers=buffers)
 
 
-def loads_each(data: Buffer) -> list[Any]:
+def loads_each(
+    data: Buffer, *, follow: Callable[[int], object] | None = None, poison: Collection[int] = ()
+) -> list[Any]:
     """Unpickle a list that loads fails on: an Unreadable with what it raises stands for each item that is to blame.
+
+    Args:
+        follow, poison: see salvage.load_each.
 
     Raises:
         FormatError: cut short.
         Exception: whatever unpickling raises, where no single item is to blame.
     """
-    return load_each(*_parts(data))
+    return load_each(*_parts(data), follow=follow, poison=poison)
 
 
 def loads_each_home(data: Buffer) -> list[Any]:

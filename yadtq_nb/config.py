@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,6 +49,7 @@ _FILE: Final = "yadtq.toml"
 #: Keys of the file that are about the local stack only.
 _LOCAL_KEYS: Final = ("broker", "idle")
 _IDLE: Final = 30 * 60.0
+_LEAST_MEMORY: Final = 64 * 1024 * 1024
 _SECRET_HELP: Final = (
     "set YADTQ_SECRET (or secret=) to the same value in the notebook and on every worker; "
     "make one with: python -c 'import secrets; print(secrets.token_hex(32))'"
@@ -163,6 +165,33 @@ def read(path: Path) -> Config:
         return msgspec.json.decode(path.read_bytes(), type=Config)
     except (OSError, msgspec.MsgspecError) as exc:
         raise ConfigError(f"{path}, which YADTQ_CONFIG or the local stack names, cannot be read: {exc}") from exc
+
+
+def parse_size(text: str) -> int:
+    """Return a number of bytes, from such as "2G", "512 MiB" or "1500000"; K, M, G and T are powers of 1024.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])I?)?B?\s*", text.upper())
+    size = int(float(found[1]) * 1024 ** (" KMGT".index(found[2] or " "))) if found else 0
+    if size < 1:
+        raise ConfigError(f"{text!r} is no size: give bytes, or a number with K, M, G or T, such as 2G or 512M")
+    return size
+
+
+def parse_memory_limit(value: str | int | None) -> int | None:
+    """Return the bytes that a slot may use; None for no limit.
+
+    Raises:
+        ConfigError: it is no size, or less than a slot needs by itself.
+    """
+    if value is None:
+        return None
+    size = parse_size(str(value))
+    if size < _LEAST_MEMORY:
+        raise ConfigError(f"a memory limit of {value} is less than a slot needs by itself: give it 64M at least")
+    return size
 
 
 def worker_environment() -> dict[str, str]:

@@ -30,7 +30,7 @@ JobInterrupt, which is a KeyboardInterrupt.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class YadtqError(Exception):
@@ -142,8 +142,40 @@ class TaskError(YadtqError):
         return _rebuild, (type(self), self.args, self.__dict__)
 
 
+class Crash(NamedTuple):
+    """How a task has killed its slot or its node, once."""
+
+    #: Host of the node.
+    host: str
+    #: Id of the node.
+    node: str
+    #: Such as "killed by SIGSEGV", "exited with status 3", or "its node died or was cut off".
+    reason: str
+    #: Bytes: the most that the slot's process had resident in its life; what the slot used, with all that it had
+    #: started, when it was stopped for the memory limit; 0 when nobody could tell, as of a node that has died.
+    memory: int = 0
+    #: When it was told, in seconds since the epoch by the workbench's clock.
+    time: float = 0.0
+    #: The last lines that the slot wrote while it had the task; kept of the latest crash that left some.
+    stderr: str = ""
+
+
 class TaskCrashedError(TaskError):
-    """The task killed its slot (segfault, out of memory, os._exit) as often as is allowed."""
+    """The task killed its slot (segfault, out of memory, os._exit) or its node as often as is allowed.
+
+    Attributes:
+        item: the task's item as text, shortened; "" when it could not be shown, and the message says why.
+        crashes: each time, in order: host, node, reason, memory. Of very many, the first few and the latest.
+        stderr: the last 20 lines that its slot had written.
+    """
+
+    def __init__(
+        self, message: str, *, item: str = "", crashes: tuple[Crash, ...] = (), stderr: str = "", **facts: Any
+    ) -> None:
+        super().__init__(message, **facts)
+        self.item = item
+        self.crashes = crashes
+        self.stderr = stderr
 
 
 class TaskTimeoutError(TaskError, TimeoutError):

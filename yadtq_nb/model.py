@@ -11,6 +11,8 @@ from typing import Literal, get_args
 
 import msgspec
 
+from yadtq_nb.errors import Crash
+
 
 class State(enum.StrEnum):
     """State of one task."""
@@ -195,6 +197,16 @@ class Cancel(msgspec.Struct, frozen=True):
     reason: str = "cancelled"
 
 
+class Crashed(msgspec.Struct, frozen=True, array_like=True):
+    """What is known of a task that has killed its slot or its node as often as is allowed."""
+
+    #: Its item as text, or "" when it could not be shown.
+    item: str
+    crashes: tuple[Crash, ...]
+    #: The last lines that a slot had written.
+    stderr: str
+
+
 class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
     """An exception as it travels."""
 
@@ -207,6 +219,8 @@ class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
     pickled: bytes = b""
     #: The name of our own error to raise when it cannot be brought back as itself.
     ours: str = "TaskError"
+    #: Of a TaskCrashedError.
+    crashed: Crashed | None = None
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True):
@@ -315,6 +329,10 @@ class Retry(msgspec.Struct, frozen=True, array_like=True):
     note: str
 
 
+#: Stands for an offset where a slot has died over a chunk before it was known which of its tasks is to blame.
+WHOLE: int = -1
+
+
 class Lease(msgspec.Struct, frozen=True):
     """A node's right to run one chunk, until it lapses."""
 
@@ -325,7 +343,7 @@ class Lease(msgspec.Struct, frozen=True):
     record: bytes
     #: Offsets in the chunk that have an outcome already.
     done: frozenset[int] = frozenset()
-    #: Offset in the chunk -> how often that task has killed its slot or node.
+    #: Offset in the chunk -> how often that task has killed its slot or node. WHOLE is none's in particular.
     crashes: dict[int, int] = {}
     #: How often a lease of this chunk has lapsed after it had started.
     lapses: int = 0
@@ -337,6 +355,8 @@ class Lease(msgspec.Struct, frozen=True):
     waiting: frozenset[int] = frozenset()
     #: Why its record cannot be read, where that is so: its tasks end with this.
     trouble: str = ""
+    #: Offset in the chunk -> how that task has killed its slot or node, time by time.
+    deaths: dict[int, tuple[Crash, ...]] = {}
 
 
 def chunk_id(job: str, number: int) -> str:

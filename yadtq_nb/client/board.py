@@ -15,8 +15,18 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from typing import Any, Final
 
+import msgspec
+
 from yadtq_nb import codec, errors
-from yadtq_nb.errors import FormatError, JobCancelledError, JobError, RemoteTraceback, ResultPickleError, TaskError
+from yadtq_nb.errors import (
+    FormatError,
+    JobCancelledError,
+    JobError,
+    RemoteTraceback,
+    ResultPickleError,
+    TaskCrashedError,
+    TaskError,
+)
 from yadtq_nb.model import STATE_OF_CODE, ErrorInfo, Segment, State
 from yadtq_nb.salvage import Unreadable
 from yadtq_nb.workbench.jobs import Stored
@@ -515,7 +525,8 @@ def revive(info: ErrorInfo | None, index: int) -> BaseException:
 def _stand_in(info: ErrorInfo, index: int, why: str) -> TaskError:
     cls: type[TaskError] = getattr(errors, info.ours, TaskError)
     message = info.message if info.ours != "TaskError" else f"{info.type_name}: {info.message}{why}"
-    error = cls(message, index=index, type_name=info.type_name, remote_traceback=info.traceback)
+    facts = msgspec.structs.asdict(info.crashed) if info.crashed is not None and cls is TaskCrashedError else {}
+    error = cls(message, index=index, type_name=info.type_name, remote_traceback=info.traceback, **facts)
     if info.traceback:
         error.__cause__ = RemoteTraceback(info.traceback)
     return error

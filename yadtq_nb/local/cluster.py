@@ -79,9 +79,13 @@ class LocalCluster:
         redis: URL of a store to use instead of its own.
         settings: other fields of Config, such as lease or partitions.
         worker_command: the command of a node, if not this package's.
+        memory_limit: what a slot may use, with all that its task has started, in bytes or such as "2G"; over it, it is
+            stopped, and its task is charged with a crash. None for no limit.
+        max_tasks_per_slot: a slot that has run so many tasks is replaced by a fresh one. None for no limit.
 
     Raises:
         LocalStackError: it cannot be started.
+        ConfigError: the memory limit is no size, or too small.
     """
 
     def __init__(
@@ -96,12 +100,18 @@ class LocalCluster:
         settings: dict[str, Any] | None = None,
         worker_command: Sequence[str] = servers.WORKER,
         timeout: float = 30.0,
+        memory_limit: str | int | None = None,
+        max_tasks_per_slot: int | None = None,
     ) -> None:
         servers.check_platform()
         if slots is not None and operator.index(slots) < 1:
             raise ValueError(f"slots must be at least 1, or None for one a core, not {slots!r}")
         if operator.index(workers) < 0:
             raise ValueError(f"workers must not be negative, not {workers!r}")
+        if max_tasks_per_slot is not None and operator.index(max_tasks_per_slot) < 1:
+            raise ValueError(f"max_tasks_per_slot must be at least 1, or None, not {max_tasks_per_slot!r}")
+        self._memory_limit = config.parse_memory_limit(memory_limit)
+        self._max_tasks_per_slot = max_tasks_per_slot
         if (kafka is None) != (redis is None):
             raise LocalStackError("LocalCluster takes kafka and redis both, or neither")
         self._timeout = timeout
@@ -217,6 +227,8 @@ class LocalCluster:
                         name=worker.name,
                         grace=_NODE_GRACE,
                         command=worker_command,
+                        memory_limit=self._memory_limit,
+                        max_tasks_per_slot=self._max_tasks_per_slot,
                     )
                 )
             self._home.write_settings(chosen)

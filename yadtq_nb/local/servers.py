@@ -100,11 +100,15 @@ def node(
     predecessor: str = "",
     grace: float = 6.0,
     command: Sequence[str] = WORKER,
+    memory_limit: int | None = None,
+    max_tasks_per_slot: int | None = None,
 ) -> dict[str, Any]:
     """Return the plan of a worker node, which gives its tasks 5 s to end; the keeper adds its id."""
+    limits = {"--memory-limit": memory_limit, "--max-tasks-per-slot": max_tasks_per_slot}
+    more = [text for option, limit in limits.items() if limit is not None for text in (option, str(limit))]
     return {
         "name": name,
-        "argv": [*command, "--queue", queue, "--slots", str(slots)],
+        "argv": [*command, "--queue", queue, "--slots", str(slots), *more],
         "env": {"YADTQ_CONFIG": str(home.config), "YADTQ_ACTIVE": str(home.active), **_python_path()},
         "cwd": str(home.path),
         "grace": grace,

@@ -15,7 +15,7 @@ from yadtq_nb import source
 from yadtq_nb.model import Environment, Lease
 from yadtq_nb.slots import wire
 from yadtq_nb.slots.launch import shared_memory
-from yadtq_nb.slots.wire import NO_OFFSET
+from yadtq_nb.slots.wire import NO_OFFSET, READING
 
 #: A log longer than this is cut, in bytes, and how much of it is kept.
 _LOG_LIMIT: Final = 8 * 1024 * 1024
@@ -49,6 +49,12 @@ class Child:
         self.lease: Lease | None = None
         #: True while its task waits for a job that it has sent.
         self.lent = False
+        #: Offset of the item of which it is only to say what it looks like.
+        self.describes: int | None = None
+        #: Bytes that it used when it was killed for the memory limit.
+        self.used_memory = 0
+        #: Tasks that it was given so far.
+        self.tasks = 0
         self.log_start = 0
         #: When it was last given a chunk, or made, on the monotonic clock.
         self.used = time.monotonic()
@@ -59,9 +65,13 @@ class Child:
         os.close(self.progress_fd)
 
     def offset(self) -> int | None:
-        """Offset of the task that runs, or None."""
+        """Offset of the task that runs, or whose item is being read, or None."""
         offset = self.progress[0]
-        return None if offset == NO_OFFSET else offset
+        return None if offset == NO_OFFSET else offset & ~READING
+
+    def reads(self) -> bool:
+        """Tell whether the task's item is only being read."""
+        return self.progress[0] != NO_OFFSET and bool(self.progress[0] & READING)
 
     def is_idle(self) -> bool:
         """Return whether it may be given a chunk."""

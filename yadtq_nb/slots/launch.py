@@ -197,11 +197,12 @@ class Spawner:
 
     def _watch(self, serial: int, process: subprocess.Popen[bytes]) -> None:
         self._tell(Note("forked", serial, process.pid))
-        status = process.wait()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)  # it must not wait for it, too
         processes.kill(process.pid, group=True)
         with self._lock:
             os.close(self._processes.pop(serial)[1])
-        self._tell(Note("exited", serial, -status if status < 0 else status << 8))
+        self._tell(Note("exited", serial, status, memory=processes.peak(usage)))
 
     def _tell(self, note: Note) -> None:
         with contextlib.suppress(OSError):  # nobody listens any more

@@ -28,16 +28,19 @@ from typing import Final, TypeAlias
 
 import msgspec
 
-from yadtq_nb.model import Environment, Lease, Retry
+from yadtq_nb.model import WHOLE, Environment, Lease, Retry
 from yadtq_nb.slots import processes, wire
 from yadtq_nb.slots.child import Child, bound, size, tail
 from yadtq_nb.slots.launch import Launcher, launcher
+from yadtq_nb.slots.memory import MemoryWatch, over_limit
 from yadtq_nb.slots.wire import GO_ON, HOLD, LEAVE, NO_OFFSET, Note, Order, Report, Setup
 
 #: How often logs are looked at, in seconds.
 _LOG_EVERY: Final = 1.0
 #: Shortest time between looks at tasks that may take only so long, in seconds.
 _LEAST_LOOK: Final = 0.01
+#: How long a slot may take to say what an item looks like, in seconds.
+_DESCRIBING: Final = 5.0
 #: A template that lives for less is started again with growing delay, in seconds.
 _SHORT_LIFE: Final = 1.0
 _LONGEST_DELAY: Final = 5.0
@@ -81,16 +84,39 @@ class Died(msgspec.Struct, frozen=True):
     timed_out: int | None = None
     #: True when it was told to end, so that no task is to blame.
     told: bool = False
+    #: The most that it had resident in its life, or what it used when it was killed for that; 0 when nobody can tell.
+    memory: int = 0
+    #: True when the item of that task was only being read.
+    read: bool = False
+    #: Offset of the item of which it was only to say what it looks like.
+    describes: int | None = None
 
 
-SlotEvent: TypeAlias = Outcomes | Died
+class Described(msgspec.Struct, frozen=True):
+    """A slot has said what an item looks like, and is free."""
+
+    lease: Lease
+    #: Offset in the chunk.
+    offset: int
+    text: str
+
+
+SlotEvent: TypeAlias = Outcomes | Died | Described
 
 
 class SlotPool:
     """Runs chunks in child processes. Made, started, polled and stopped by the main thread."""
 
     def __init__(
-        self, *, slots: int, secret: bytes, node: str, directory: Path, on_ready: Callable[[], None] | None = None
+        self,
+        *,
+        slots: int,
+        secret: bytes,
+        node: str,
+        directory: Path,
+        on_ready: Callable[[], None] | None = None,
+        memory_limit: int | None = None,
+        max_tasks_per_slot: int | None = None,
     ) -> None:
         """Prepare a pool; nothing is started yet.
 
@@ -100,10 +126,14 @@ class SlotPool:
             node: the node's id, for the outcomes.
             directory: for logs and unpacked source trees; made if need be.
             on_ready: called by poll when all slots have been forked for the first time.
+            memory_limit: bytes that a slot may use, with all that it has started, before it is killed.
+            max_tasks_per_slot: a slot that was given as many tasks is replaced once its chunk is done.
         """
         self._count, self._directory = slots, directory
         self._setup = Setup(secret, node, str(directory))
         self._on_ready = on_ready
+        self._memory_limit, self._max_tasks = memory_limit, max_tasks_per_slot
+        self._watch: MemoryWatch | None = None
         self._lock = threading.RLock()
         self._selector = selectors.DefaultSelector()
         self._slots: dict[int, Child] = {}
@@ -129,6 +159,8 @@ class SlotPool:
             self._started_at = time.monotonic()
             self._selector.register(self._launcher.fileno(), selectors.EVENT_READ)
             self._fit()
+        if self._memory_limit is not None and self._watch is None:
+            self._watch = MemoryWatch(self._memory_limit, self._alive, self._stop_fat)
 
     def reserve(self, n: int, *, lent: bool = False) -> int:
         """Claim up to n free slots, those that are there in place of lent ones only if asked for, and return how many.
@@ -147,7 +179,7 @@ class SlotPool:
             return min(self._room(), self._idle()) > self._reserved
 
     def _idle(self) -> int:
-        return sum(slot.is_idle() for slot in self._slots.values())
+        return sum(map(self._is_free, self._slots.values()))
 
     def _room(self) -> int:
         """Return how many chunks may be run besides those that run and do not wait."""
@@ -171,6 +203,8 @@ class SlotPool:
         tree_path: Path | None = None,
         arguments_path: Path | None = None,
         skip: frozenset[int] = frozenset(),
+        fresh: bool = False,
+        describe: int | None = None,
     ) -> None:
         """Run a chunk in one of the slots that were claimed. Thread-safe; never raises for what happens to the slot.
 
@@ -179,24 +213,31 @@ class SlotPool:
             tree_path: sealed blob of the source tree that the chunk's environment names.
             arguments_path: sealed blob of the arguments, when they do not travel in the record.
             skip: offsets that are not to be run, besides those that are done.
+            fresh: only in a slot in which nothing has run.
+            describe: run nothing, but tell what the item at this offset looks like, within some seconds: poll then
+                tells Described, or Died if that has killed the slot, or took too long.
         """
         head = lease.head
+        skipped = skip | lease.done | lease.waiting
         order = Order(
             head.job,
             head.number,
             head.first,
             head.count,
-            tuple(skip | lease.done | lease.waiting),
+            tuple(skipped),
             _attempts(lease),
             str(function_path or ""),
             str(tree_path or ""),
             str(arguments_path or ""),
             tries=lease.tries,
             notes=lease.notes,
+            describe=-1 if describe is None else describe,
+            careful=WHOLE in lease.crashes,
+            poison=tuple(skipped.intersection(lease.crashes)),
         )
         with self._lock:
             self._reserved -= 1
-            slot = self._choose(head.environment)
+            slot = self._choose(head.environment, fresh=fresh)
             if slot is None:
                 self._events.append(Died(lease, None, "no slot was alive to run it", "", ran=False))
                 self.wake()
@@ -204,9 +245,12 @@ class SlotPool:
             slot.lease, slot.environment, slot.used = lease, slot.environment or head.environment, time.monotonic()
             slot.progress[0], slot.progress[1] = NO_OFFSET, GO_ON
             slot.seen, slot.timed_out = None, None
+            slot.describes = describe
+            slot.kill_at = None if describe is None else time.monotonic() + _DESCRIBING
+            slot.tasks += head.count - len(order.skip)
             slot.log_start = size(slot.log)
             slot.sending.acquire()
-        if head.policy.timeout:
+        if head.policy.timeout or describe is not None:
             self.wake()  # poll may sleep for longer than the task may take
         try:
             wire.send(slot.sock, order, lease.record)
@@ -307,6 +351,8 @@ class SlotPool:
             self._stopped = True
             slots, self._slots = list(self._slots.values()), {}
             running, self._launcher = self._launcher, None
+        if self._watch is not None:
+            self._watch.close()
         if running:
             self._selector.unregister(running.fileno())
             running.end()
@@ -355,17 +401,24 @@ class SlotPool:
         self._selector.register(slot.sock, selectors.EVENT_READ, slot)
         return slot
 
-    def _choose(self, environment: Environment) -> Child | None:
-        idle = [slot for slot in self._slots.values() if slot.is_idle()]
-        for slot in idle:
+    def _choose(self, environment: Environment, *, fresh: bool) -> Child | None:
+        idle = [slot for slot in self._slots.values() if self._is_free(slot)]
+        unused = [slot for slot in idle if not slot.tasks] if fresh else idle
+        for slot in unused:
             if slot.environment == environment:
                 return slot
-        for slot in idle:
+        for slot in unused:
             if slot.suits(environment):
                 return slot
         if not idle or self._launcher is None:
             return None
         return self._replace(min(idle, key=lambda slot: slot.used))
+
+    def _is_free(self, slot: Child) -> bool:
+        return slot.is_idle() and not self._is_spent(slot)
+
+    def _is_spent(self, slot: Child) -> bool:
+        return self._max_tasks is not None and slot.tasks >= self._max_tasks
 
     def _replace(self, slot: Child) -> Child:
         """End an idle slot and ask for a fresh one, which takes orders at once."""
@@ -386,6 +439,9 @@ class SlotPool:
                 if report.lent is not None:
                     slot.lent = report.lent and slot.lease is not None
                     self._fit()
+                elif slot.lease is not None and report.item is not None:
+                    self._events.append(Described(slot.lease, report.first, report.item))
+                    slot.describes, slot.kill_at = None, None
                 elif slot.lease is not None:
                     offsets, states = _offsets(report), report.states
                     self._events.append(
@@ -415,7 +471,7 @@ class SlotPool:
                 elif slot and note.act == "forked":
                     self._forked(slot, note)
                 elif slot and note.act == "exited":
-                    self._exited(slot, processes.describe(note.value))
+                    self._exited(slot, processes.describe(note.value), note.memory)
                     self._fit()
 
     def _refresh_unused(self) -> None:
@@ -432,15 +488,27 @@ class SlotPool:
             ready, self._on_ready = self._on_ready, None
             ready()
 
-    def _exited(self, slot: Child, reason: str) -> None:
+    def _exited(self, slot: Child, reason: str, memory: int = 0) -> None:
         while self._receive(slot):
             pass  # what it has sent before its end counts
         with self._lock:
             self._slots.pop(slot.serial, None)
             self._retire(slot)
             offset, late = (slot.offset(), slot.timed_out) if slot.lease else (None, None)
+            if slot.used_memory:
+                reason = over_limit(self._memory_limit or 0, slot.used_memory)
             self._events.append(
-                Died(slot.lease, offset, reason, tail(slot), timed_out=late, told=slot.kill_at is not None)
+                Died(
+                    slot.lease,
+                    offset,
+                    reason,
+                    tail(slot),
+                    timed_out=late,
+                    told=slot.kill_at is not None and slot.describes is None,
+                    memory=slot.used_memory or memory,
+                    read=slot.reads(),
+                    describes=slot.describes,
+                )
             )
 
     def _restart_later(self) -> None:
@@ -464,11 +532,31 @@ class SlotPool:
         self._end_late(now)
         if self._launcher is None and not self._stopped and self._started_at and now >= self._restart_at:
             self.start()
+        if self._max_tasks is not None:
+            self._replace_spent()
         if now >= self._logs_at:
             self._logs_at = now + _LOG_EVERY
             self._end_spare(now)
             for slot in list(self._slots.values()):
                 bound(slot.log)
+
+    def _replace_spent(self) -> None:
+        with self._lock:
+            for slot in list(self._slots.values()):
+                if self._launcher is not None and slot.is_idle() and self._is_spent(slot):
+                    self._discard(slot)
+            self._fit()
+
+    def _alive(self) -> list[Child]:
+        with self._lock:
+            return list(self._slots.values())
+
+    def _stop_fat(self, slot: Child, lease: object, used: int) -> None:
+        """Kill a slot that uses too much, unless another task runs there by now. Called by the watch's thread."""
+        with self._lock:
+            if slot.serial in self._slots and slot.lease is lease and slot.pid and not slot.doomed:
+                slot.used_memory, slot.doomed = used, True
+                processes.kill(slot.pid, group=True)
 
     def _end_late(self, now: float) -> None:
         """Kill slots that were told to end, and those whose task is late. Coroutines see to that themselves."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -47,6 +48,22 @@ def children() -> list[int]:
         return [child for child in _processes() if _parent(child) == pid]
 
 
+def descendants(pid: int) -> list[int]:
+    """Return what a process has started, and what that has, and so on. On Linux only."""
+    found: list[int] = []
+    waiting = [pid]
+    while waiting:
+        parent = waiting.pop()
+        try:
+            threads = os.listdir(f"/proc/{parent}/task")
+        except OSError:
+            continue
+        below = [int(child) for thread in threads for child in _read(parent, f"task/{thread}/children").split()]
+        found += below
+        waiting += below
+    return found
+
+
 def kill(pid: int, *, group: bool = False) -> None:
     """SIGKILL a process, and its process group if asked, unless it is gone."""
     if group:  # first, since it may be our own
@@ -66,6 +83,11 @@ def marked(mark: str) -> list[int]:
     """Return the processes, other than this one, that were started with mark ("NAME=value") in their environment."""
     needle = b"\0" + mark.encode() + b"\0"
     return [pid for pid in _processes() if pid != os.getpid() and needle in b"\0" + _read(pid, "environ")]
+
+
+def peak(usage: resource.struct_rusage) -> int:
+    """Return the most that an ended process had resident, in bytes."""
+    return int(usage.ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
 
 
 def describe(status: int) -> str:

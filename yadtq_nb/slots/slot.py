@@ -27,6 +27,7 @@ from yadtq_nb.model import BrokenItem, ChunkHead, Environment
 from yadtq_nb.salvage import Unreadable
 from yadtq_nb.slots import hints, processes, running, wire
 from yadtq_nb.slots.outcomes import Outcomes, info
+from yadtq_nb.slots.show import shown
 from yadtq_nb.slots.wire import Order, Report, Setup
 
 if TYPE_CHECKING:
@@ -78,8 +79,20 @@ class Slot:
             return False
         order, record = _decode_order(frame[0]), frame[1]
         del frame  # a chunk is not to be held twice, nor longer than it runs
-        self._run(order, record)
+        if order.describe < 0:
+            self._run(order, record)
+        else:
+            self._describe(order, record)
         return True
+
+    def _describe(self, order: Order, record: bytearray) -> None:
+        """Say what the item of a task looks like that has crashed; the pool ends this slot when that takes too long."""
+        try:
+            head, _, items = self._open(order, record)
+            text = shown(items[order.describe], head.style)
+        except Exception as exc:
+            text = f"<it cannot be read: {type(exc).__qualname__}: {hints.message(exc)}>"
+        self._send(Report(order.describe, 0, b"", b"", last=True, item=text), b"")
 
     def _run(self, order: Order, record: bytearray) -> None:
         skip = frozenset(order.skip)
@@ -124,10 +137,32 @@ class Slot:
             call = self._function(head, function, order.function)
             if head.by_reference:
                 arguments = self._blob(codec.ARGUMENTS, order.arguments)
-            items = _items(arguments, head)
+            items = self._items(arguments, head, order)
         if len(items) != head.count:
             raise errors.FormatError(f"chunk {head.id} says {head.count} tasks and holds {len(items)}")
         return head, call, items
+
+    def _items(self, arguments: memoryview, head: ChunkHead, order: Order) -> list[Any]:
+        """Unpickle a chunk's items; one that cannot be read fails its own task only."""
+        if order.careful:
+            items = codec.loads_each(arguments, follow=self._tell_reading, poison=order.poison)
+            self._progress[0] = wire.NO_OFFSET
+        else:
+            try:
+                return codec.loads(arguments)  # type: ignore[no-any-return]
+            except Exception:  # whatever the user's objects do when they are unpickled
+                if head.count == 1:
+                    raise
+                items = codec.loads_each(arguments)
+        return [
+            BrokenItem(head.first + offset, "", info=info(item.error, head.environment))
+            if type(item) is Unreadable
+            else item
+            for offset, item in enumerate(items)
+        ]
+
+    def _tell_reading(self, offset: int) -> None:
+        self._progress[0] = offset | wire.READING
 
     def _enter(self, environment: Environment, tree_path: str) -> None:
         if self._entered is not None and source.suits(self._entered, environment):
@@ -292,22 +327,6 @@ def _end_with(leash: int) -> NoReturn:
     os.read(leash, 1)
     processes.kill(os.getpid(), group=True)
     os._exit(1)
-
-
-def _items(arguments: memoryview, head: ChunkHead) -> list[Any]:
-    """Unpickle a chunk's items; one that cannot be read fails its own task only."""
-    try:
-        return codec.loads(arguments)  # type: ignore[no-any-return]
-    except Exception:  # whatever the user's objects do when they are unpickled
-        if head.count == 1:
-            raise
-        items = codec.loads_each(arguments)
-    return [
-        BrokenItem(head.first + offset, "", info=info(item.error, head.environment))
-        if type(item) is Unreadable
-        else item
-        for offset, item in enumerate(items)
-    ]
 
 
 def _load_function(data: codec.Buffer, environment: Environment) -> _Loaded:

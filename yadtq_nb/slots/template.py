@@ -131,19 +131,19 @@ class Template:
         ended = self._wait()
         if ended:
             self._kill_strays()  # first, so that whoever hears of the slot's end knows that nothing of it is left
-        for serial, status in ended:
-            self._tell(Note("exited", serial, status))
+        for note in ended:
+            self._tell(note)
 
-    def _wait(self) -> list[tuple[int, int]]:
-        ended: list[tuple[int, int]] = []
+    def _wait(self) -> list[Note]:
+        ended: list[Note] = []
         with contextlib.suppress(ChildProcessError):
             while True:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
                 if not pid:
                     break
                 if pid in self._slots:
                     processes.kill(pid, group=True)
-                    ended.append((self._slots.pop(pid), status))
+                    ended.append(Note("exited", self._slots.pop(pid), status, memory=processes.peak(usage)))
         return ended
 
     def _kill_strays(self) -> None:

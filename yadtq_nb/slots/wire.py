@@ -19,6 +19,8 @@ Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
 #: Value of a slot's progress cell while it has not begun with a task.
 NO_OFFSET: Final = 0xFFFFFFFF
+#: Set in it while a slot reads an item by itself.
+READING: Final = 0x80000000
 #: Values of the cell beside it: nothing is wanted; the slot is to stop after the task that runs; it is to end.
 GO_ON: Final[int] = 0
 HOLD: Final[int] = 1
@@ -65,6 +67,12 @@ class Order(msgspec.Struct, frozen=True, array_like=True):
     #: Offset -> how often it has raised and was to be tried again, and what it raised each time.
     tries: dict[int, int] = {}
     notes: dict[int, tuple[str, ...]] = {}
+    #: Nothing is run: the slot says what the item at this offset looks like. -1 for none.
+    describe: int = -1
+    #: True when a slot has died while it read this chunk: then item by item, each told in the progress first.
+    careful: bool = False
+    #: Offsets of items that are not even to be read then.
+    poison: tuple[int, ...] = ()
 
 
 class Report(msgspec.Struct, frozen=True, array_like=True):
@@ -83,6 +91,8 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
     unfinished: bool = False
     #: Alone in a report: whether the slot is lent from now on, since its task waits for a job.
     lent: bool | None = None
+    #: What an item looks like, when that was the order; there are no outcomes then, and no segment.
+    item: str | None = None
 
 
 class Note(msgspec.Struct, frozen=True, array_like=True):
@@ -94,6 +104,8 @@ class Note(msgspec.Struct, frozen=True, array_like=True):
     value: int = 0
     #: Log file for "fork".
     log: str = ""
+    #: For "exited": the most that the process had resident, in bytes.
+    memory: int = 0
 
 
 def send(sock: socket.socket, head: msgspec.Struct, body: Buffer = b"") -> None:

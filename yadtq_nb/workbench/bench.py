@@ -10,7 +10,7 @@ import msgspec
 
 from yadtq_nb import codec
 from yadtq_nb.config import Config
-from yadtq_nb.errors import CodecError, FormatError, WorkbenchError
+from yadtq_nb.errors import CodecError, Crash, FormatError, WorkbenchError
 from yadtq_nb.model import ChunkHead, Environment, Lane, Lease, Retry, WorkerInfo
 from yadtq_nb.workbench.connection import ALWAYS_FITS, Connection
 
@@ -183,7 +183,7 @@ class Workbench:
         head, *_ = codec.decode_chunk(self._config.key, record)
         if head.id != id.decode():
             raise FormatError(f"chunk {id.decode()} holds the record of chunk {head.id}")
-        crashes, lapses, tries, notes, waiting = _unpack(packed)
+        crashes, lapses, tries, notes, waiting, deaths = _unpack(packed)
         return Lease(
             head,
             int(token),
@@ -194,6 +194,9 @@ class Workbench:
             _by_offset(tries),
             {offset: tuple(texts) for offset, texts in _by_offset(notes).items()},
             frozenset(waiting),
+            deaths={
+                offset: msgspec.convert(crashes, tuple[Crash, ...]) for offset, crashes in _by_offset(deaths).items()
+            },
         )
 
     def _unreadable(self, id: bytes, token: bytes, record: bytes, done: bytes, trouble: str) -> Lease | None:
@@ -254,14 +257,14 @@ class Workbench:
             return None
         return most
 
-    def release(self, lease: Lease, *, crashed: int | None = None) -> bool:
-        """Give a chunk back to the front of the line; crashed is the offset of the task that killed its slot.
+    def release(self, lease: Lease, *, crashed: tuple[int, Crash] | None = None) -> bool:
+        """Give a chunk back to the front of the line; crashed is the offset of the task that killed its slot, and how.
 
         Raises:
             WorkbenchError: Redis cannot be reached; it may be sent again.
         """
-        offset = "" if crashed is None else crashed
-        return bool(self._redis.call("release", self._node, lease.head.id, lease.token, offset))
+        offset, crash = ("", None) if crashed is None else crashed
+        return bool(self._redis.call("release", self._node, lease.head.id, lease.token, offset, _pack(crash)))
 
     def retry(self, lease: Lease, tries: Sequence[Retry]) -> bool:
         """Note which tasks are to be tried again, and when. False when the lease is another's by now.

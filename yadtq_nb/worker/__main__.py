@@ -17,6 +17,8 @@ def main() -> None:
     parser.add_argument("--slots", type=int, required=True)
     parser.add_argument("--node-id", default="")
     parser.add_argument("--predecessor", default="")
+    parser.add_argument("--memory-limit", type=config.parse_memory_limit)
+    parser.add_argument("--max-tasks-per-slot", type=int)
     given = parser.parse_args()
     settings = config.load()
     if settings is None:
@@ -29,6 +31,8 @@ def main() -> None:
         id=given.node_id,
         predecessor=given.predecessor,
         active=config.activity_file(),
+        memory_limit=given.memory_limit,
+        max_tasks_per_slot=given.max_tasks_per_slot,
         ready=_say_ready,
     )
 

@@ -5,34 +5,55 @@ from __future__ import annotations
 import socket
 import time
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Final
 
 from yadtq_nb import codec
-from yadtq_nb.errors import TaskError
-from yadtq_nb.model import ErrorInfo, Lease, Segment
+from yadtq_nb.errors import Crash, TaskError
+from yadtq_nb.model import WHOLE, Crashed, ErrorInfo, Lease, Segment
+from yadtq_nb.slots import memory
+
+_SIGKILL: Final = "killed by SIGKILL"
 
 
-def outcome(
-    secret: bytes, node: str, lease: Lease, crashes: Mapping[int, int], reason: str, stderr: str = ""
-) -> tuple[bytes, bytes]:
+def outcome(secret: bytes, node: str, lease: Lease, offsets: list[int], item: str | None) -> tuple[bytes, bytes]:
     """Return states and frame of tasks that have killed their slot or node as often as is allowed.
 
     Args:
-        crashes: offset in the chunk -> how often.
-        reason: how it ended the last time.
-        stderr: the last lines that it wrote.
+        offsets: one, or several when none in particular is to blame.
+        item: what it looks like, or None when that could not be found out.
     """
-    errors = {}
-    for offset, times in crashes.items():
-        index = lease.head.first + offset
-        message = (
-            f"task {index} of job {lease.head.job_name!r} has killed its slot {times} times and is not tried again: "
-            f"{reason} on {socket.gethostname()} (node {node})"
+    blamed = {offset: offset if offset in lease.crashes else WHOLE for offset in offsets}
+    errors = {lease.head.first + o: _crashed(lease, lease.head.first + o, of, item) for o, of in blamed.items()}
+    attempts = {lease.head.first + o: lease.crashes[of] for o, of in blamed.items()}
+    return _failed(secret, node, lease, offsets, errors, attempts)
+
+
+def _crashed(lease: Lease, index: int, blamed: int, item: str | None) -> ErrorInfo:
+    times, deaths = lease.crashes[blamed], lease.deaths.get(blamed, ())
+    stderr = next((death.stderr for death in reversed(deaths) if death.stderr), "")
+    lines = [
+        f"task {index} of job {lease.head.job_name!r} has killed its slot {times} times and is not tried again: "
+        f"{deaths[-1].reason if deaths else 'nobody knows how'}",
+        f"its item: {item or 'cannot be shown: reading it kills its slot or node, or takes too long'}",
+        *(f"{number}. {_told(death)}" for number, death in enumerate(deaths, times - len(deaths) + 1)),
+    ]
+    if any(death.reason == _SIGKILL for death in deaths):
+        lines.append("Linux sends SIGKILL when the machine, or the container, has no more memory: see its log (dmesg)")
+    if any(death.reason.startswith(memory.OVER) for death in deaths):
+        lines.append(
+            "have it hold less at a time, or give slots more: yadtq worker --memory-limit, and fewer --slots where "
+            "the machine has no more"
         )
-        if stderr:
-            message += f"\nlast lines of its output:\n{stderr}"
-        errors[index] = ErrorInfo("yadtq_nb.TaskCrashedError", message, "", ours="TaskCrashedError")
-    return _failed(secret, node, lease, list(crashes), errors, {lease.head.first + o: n for o, n in crashes.items()})
+    if stderr:
+        lines.append(f"last lines of its output:\n{stderr}")
+    crashed = Crashed(item or "", deaths, stderr)
+    return ErrorInfo("yadtq_nb.TaskCrashedError", "\n".join(lines), "", ours="TaskCrashedError", crashed=crashed)
+
+
+def _told(death: Crash) -> str:
+    most = f", with {memory.megabytes(death.memory)} at most" if death.memory else ""
+    return f"{death.reason} on {death.host or 'a host that is not known any more'} (node {death.node}){most}"
 
 
 def late(secret: bytes, node: str, lease: Lease, offset: int) -> tuple[bytes, bytes]:

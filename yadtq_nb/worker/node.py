@@ -35,14 +35,15 @@ from yadtq_nb.backlog.publish import Publisher
 from yadtq_nb.backlog.reader import Record, replay_jobs
 from yadtq_nb.config import Config
 from yadtq_nb.errors import BacklogError, CodecError, TaskError, TooLargeError, WorkbenchError
-from yadtq_nb.model import Lane, Lease, Retry, WorkerInfo
+from yadtq_nb.model import Lane, Lease, WorkerInfo
 from yadtq_nb.slots.hints import wrong_python
-from yadtq_nb.slots.pool import Died, Outcomes, SlotPool
+from yadtq_nb.slots.pool import Described, Died, Outcomes, SlotPool
 from yadtq_nb.workbench.bench import Heard, NotLiveError, Workbench
 from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobStore
 from yadtq_nb.worker import crash
 from yadtq_nb.worker.blobs import BlobFiles
+from yadtq_nb.worker.deaths import Deaths, Part
 from yadtq_nb.worker.feeder import Feeder
 from yadtq_nb.worker.heart import Heart, Marks
 from yadtq_nb.worker.restore import find_blob, restore_jobs
@@ -76,6 +77,8 @@ class Node:
         predecessor: str = "",
         active: Path | None = None,
         grace: float = GRACE,
+        memory_limit: int | None = None,
+        max_tasks_per_slot: int | None = None,
     ) -> None:
         """Say what the node serves.
 
@@ -83,6 +86,7 @@ class Node:
             predecessor: id of a node that is known to be dead: what it held is returned at once.
             active: a file whose time is set whenever there is work.
             grace: seconds that running tasks get when the node is asked to stop.
+            memory_limit, max_tasks_per_slot: see SlotPool.
         """
         self.id = id or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
         self.queue = queue
@@ -96,7 +100,8 @@ class Node:
         self._leases: dict[str, Lease] = {}
         self._leases_lock = threading.Lock()
         self._outbox: collections.deque[Callable[[], object]] = collections.deque()
-        self._singles: dict[str, collections.deque[int]] = {}
+        #: What is still to be run, part by part, of chunks here over which slots or nodes have died.
+        self._parts: dict[str, collections.deque[Part]] = {}
         #: Chunks here with tasks that are to be run later: given back when those that run now are done.
         self._unfinished: set[str] = set()
         #: Something may lie in the line of ready chunks: the bell has rung, or the last look found all it could take.
@@ -116,7 +121,14 @@ class Node:
             config.key,
             lambda name: find_blob(config, replay_jobs(config, queue), name),
         )
-        self.pool = SlotPool(slots=slots, secret=config.key, node=self.id, directory=self._directory)
+        self.pool = SlotPool(
+            slots=slots,
+            secret=config.key,
+            node=self.id,
+            directory=self._directory,
+            memory_limit=memory_limit,
+            max_tasks_per_slot=max_tasks_per_slot,
+        )
         self._processes: dict[int, psutil.Process] = {}
 
     # Life.
@@ -154,6 +166,7 @@ class Node:
         patiently(self._bench.check_server, _START)
         with contextlib.closing(JobStore(config, queue)) as store:
             store.check_secret()
+        self._deaths = Deaths(config, self.id, self._bench, post=self._post, later=self._outbox.append)
         self._publisher = Publisher(config, queue)
         self._heart = Heart(
             config,
@@ -210,6 +223,9 @@ class Node:
             for event in self.pool.poll(wait):
                 if isinstance(event, Outcomes):
                     self._finish(event)
+                elif isinstance(event, Described):
+                    self._deaths.end(event.lease, [event.offset], event.text)
+                    self._go_on(event.lease)
                 else:
                     self._bury(event)
             self._send_outbox()
@@ -291,72 +307,81 @@ class Node:
         """Run a leased chunk in a reserved slot. Called by the main thread and by the feeder."""
         with self._leases_lock:
             self._leases[lease.head.id] = lease
-        hopeless = [offset for offset, times in lease.crashes.items() if times >= self._allowed(lease)]
-        hopeless = [offset for offset in hopeless if offset not in lease.done]
-        out = {*lease.done, *lease.waiting, *hopeless}
+        out = lease.done | lease.waiting
         left = [o for o in range(lease.head.count) if o not in out]
+        parts = self._deaths.parts(lease, left) if lease.lapses or lease.crashes else None
         try:
-            if hopeless:
-                crashes = {offset: lease.crashes[offset] for offset in hopeless}
-                self._post(lease, hopeless, *crash.outcome(self._config.key, self.id, lease, crashes, "its node died"))
             if lease.waiting:
                 self._unfinished.add(lease.head.id)
-            if not left:
+            if not left or (parts is not None and not parts):
                 self._drop(lease)
                 self.pool.unreserve(1)
-            elif lease.lapses and len(left) > 1:
-                # A node has died over this chunk: one task at a time, so that the next death is charged rightly.
-                self._singles[lease.head.id] = collections.deque(left)
-                self._run_next_single(lease, workbench)
+            elif parts is not None:
+                self._parts[lease.head.id] = parts
+                self._run_next_part(lease, workbench)
             else:
-                self._run(lease, workbench, lease.done.union(hopeless))
+                self._run(lease, workbench, lease.done)
         except (TaskError, WorkbenchError, OSError) as exc:
             self.pool.unreserve(1)
             self._fail(lease, left, exc)
 
-    def _run(self, lease: Lease, workbench: Workbench, skip: frozenset[int]) -> None:
+    def _run(self, lease: Lease, workbench: Workbench, skip: frozenset[int], part: Part | None = None) -> None:
         head, path = lease.head, self._blobs.path
         if trouble := lease.trouble or wrong_python(head.environment):
             raise TaskError(trouble)
         function = None if head.function_size else path(head.function, workbench, codec.FUNCTION)
         tree = path(head.environment.tree, workbench, codec.TREE) if head.environment.tree else None
         arguments = path(_arguments(lease), workbench, codec.ARGUMENTS) if head.by_reference else None
-        self.pool.run(lease, function_path=function, tree_path=tree, arguments_path=arguments, skip=skip)
+        self.pool.run(
+            lease,
+            function_path=function,
+            tree_path=tree,
+            arguments_path=arguments,
+            skip=skip,
+            fresh=part is not None and part.fresh,
+            describe=part.offsets[0] if part is not None and part.describe else None,
+        )
 
-    def _run_next_single(self, lease: Lease, workbench: Workbench) -> None:
-        offset = self._singles[lease.head.id].popleft()
-        workbench.mark(lease, offset)
-        others = frozenset(o for o in range(lease.head.count) if o != offset)
-        self._run(lease, workbench, others)
+    def _run_next_part(self, lease: Lease, workbench: Workbench) -> None:
+        part = self._parts[lease.head.id][0]
+        if len(part.offsets) == 1:
+            workbench.mark(lease, part.offsets[0])
+        self._run(lease, workbench, frozenset(range(lease.head.count)).difference(part.offsets), part)
+        self._parts[lease.head.id].popleft()
 
     # What slots tell.
 
     def _finish(self, event: Outcomes) -> None:
-        lease, id = event.lease, event.lease.head.id
+        lease = event.lease
         self._done += len(event.states)
         if event.states:
             self._post(lease, event.offsets, *self._that_fit(event))
         if event.retries:
             retries = event.retries
             self._outbox.append(lambda: self._bench.retry(lease, retries))
-        if not event.last:
-            return
-        if event.unfinished and self._leases.get(id) is lease:
+        if event.last:
+            self._go_on(lease, unfinished=event.unfinished)
+
+    def _go_on(self, lease: Lease, *, unfinished: bool = False) -> None:
+        """A slot is done with a chunk, or with a part of it: see to the rest."""
+        id = lease.head.id
+        if unfinished and self._leases.get(id) is lease:
             self._unfinished.add(id)
-        if self._singles.get(id) and self._leases.get(id) is lease:
-            self._send_outbox()
-            if not self.pool.reserve(1):
-                # The feeder was quicker: the rest waits in the line.
-                self._outbox.append(lambda: self._bench.release(lease))
-                self._drop(lease)
-                return
-            try:
-                self._run_next_single(lease, self._bench)
-            except (TaskError, WorkbenchError, OSError) as exc:
-                self.pool.unreserve(1)
-                self._fail(lease, list(self._singles.pop(id)), exc)
+        if not self._parts.get(id) or self._leases.get(id) is not lease:
+            self._drop(lease)
             return
-        self._drop(lease)
+        self._send_outbox()
+        # Where the feeder was quicker, the rest waits in the line.
+        if unfinished or self._stopping.is_set() or not self.pool.reserve(1):
+            self._outbox.append(lambda: self._bench.release(lease))
+            self._drop(lease)
+            return
+        left = [offset for part in self._parts[id] for offset in part.offsets]
+        try:
+            self._run_next_part(lease, self._bench)
+        except (TaskError, WorkbenchError, OSError) as exc:
+            self.pool.unreserve(1)
+            self._fail(lease, left, exc)
 
     def _that_fit(self, event: Outcomes) -> tuple[bytes, bytes]:
         """Return states and frame of outcomes; what Redis does not take would hold up all that comes after it."""
@@ -375,37 +400,9 @@ class Node:
         """A slot has died: charge the task that ran in it, and let its chunk-mates go on elsewhere."""
         lease = event.lease
         self._publisher.send_event("slot died", node=self.id, reason=event.reason, chunk=lease and lease.head.id)
-        if lease is None:
-            return
-        offset = next((o for o in range(lease.head.count) if o not in lease.done), 0)
-        offset = event.offset if event.offset is not None else offset
-        times = lease.crashes.get(offset, 0) + 1
-        if not event.ran or event.told:
-            self._outbox.append(lambda: self._bench.release(lease))
-        elif event.timed_out is not None:
-            self._end_late(lease, event.timed_out)
-        elif times < self._allowed(lease):
-            self._outbox.append(lambda: self._bench.release(lease, crashed=offset))
-        else:
-            states, frame = crash.outcome(self._config.key, self.id, lease, {offset: times}, event.reason, event.stderr)
-            self._post(lease, [offset], states, frame)
-            self._outbox.append(lambda: self._bench.release(lease))
-        self._drop(lease)
-
-    def _allowed(self, lease: Lease) -> int:
-        """Return how often a task may kill its slot or node."""
-        return lease.head.policy.max_crashes or self._config.max_crashes
-
-    def _end_late(self, lease: Lease, offset: int) -> None:
-        """A task took too long: it fails, or is tried again; its chunk-mates go on elsewhere."""
-        policy, tries = lease.head.policy, lease.tries.get(offset, 0)
-        if policy.retry_timeouts and tries < policy.retries:
-            note = f"attempt on {self.id}: yadtq_nb.errors.TaskTimeoutError: longer than {policy.timeout:g} s"
-            retry = Retry(offset, tries + 1, policy.delay(tries), note)
-            self._outbox.append(lambda: self._bench.retry(lease, [retry]))
-        else:
-            self._post(lease, [offset], *crash.late(self._config.key, self.id, lease, offset))
-        self._outbox.append(lambda: self._bench.release(lease))
+        if lease is not None:
+            self._deaths.settle(lease, event)
+            self._drop(lease)
 
     def _fail(self, lease: Lease, offsets: list[int], error: Exception) -> None:
         """End tasks that cannot even be started."""
@@ -442,7 +439,7 @@ class Node:
             if self._leases.get(lease.head.id) is not lease:
                 return
             del self._leases[lease.head.id]
-        self._singles.pop(lease.head.id, None)
+        self._parts.pop(lease.head.id, None)
         if lease.head.id in self._unfinished:
             self._unfinished.discard(lease.head.id)
             self._outbox.append(lambda: self._bench.release(lease))
@@ -595,6 +592,8 @@ def serve(
     id: str = "",
     predecessor: str = "",
     active: Path | None = None,
+    memory_limit: int | None = None,
+    max_tasks_per_slot: int | None = None,
     ready: Callable[[Node], None] = lambda _: None,
 ) -> None:
     """Run a node in this process until SIGTERM or Ctrl-C.
@@ -603,7 +602,16 @@ def serve(
         BacklogError, WorkbenchError: a server cannot be reached at the start, or will not do.
         SignatureError: the queue's other workers have another secret.
     """
-    node = Node(config, queue, slots, id=id, predecessor=predecessor, active=active)
+    node = Node(
+        config,
+        queue,
+        slots,
+        id=id,
+        predecessor=predecessor,
+        active=active,
+        memory_limit=memory_limit,
+        max_tasks_per_slot=max_tasks_per_slot,
+    )
     threading.excepthook = node.fail
     # The threads hand a task on to each other: with Python's 5 ms one may wait for another's bookkeeping.
     sys.setswitchinterval(_SWITCH)

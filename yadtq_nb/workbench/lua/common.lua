@@ -33,7 +33,7 @@ end
 -- An open chunk: lane, job, number, first, count, weight (of the job's running counter), size (bytes), left, seq,
 -- done ('' or one '0'/'1' a task), owner, token, lapses, crashes (offset -> times), positions in Kafka; once a task was
 -- to be tried again: tries (offset -> times), due (offset -> when), notes (offset -> what it raised, attempt by attempt);
--- once some of its tasks were cancelled: dropped (their offsets).
+-- once some of its tasks were cancelled: dropped (their offsets). How its tasks have crashed lies in key('crashes').
 local function read_chunk(id)
   local packed = redis.call('HGET', key('open'), id)
   return packed and cmsgpack.unpack(packed)
@@ -66,6 +66,27 @@ end
 -- Complete or cancelled: what is still open of it is of no use.
 local function has_ended(job)
   return redis.call('HEXISTS', job_key(job), 'ended') == 1
+end
+
+local function crash_field(id, offset)
+  return id .. ':' .. offset
+end
+
+-- A task has killed its slot or node: {host, node, reason, memory, time, stderr}. What it wrote is kept of the last time.
+local function charge(id, chunk, offset, crash)
+  chunk.crashes[offset] = (chunk.crashes[offset] or 0) + 1
+  local field = crash_field(id, offset)
+  local packed = redis.call('HGET', key('crashes'), field)
+  local all = packed and cmsgpack.unpack(packed) or {}
+  for _, earlier in ipairs(crash[6] ~= '' and all or {}) do
+    earlier[6] = ''
+  end
+  all[#all + 1] = crash
+  -- The first few and the latest are enough to see what happened.
+  if #all > 12 then
+    table.remove(all, 6)
+  end
+  redis.call('HSET', key('crashes'), field, cmsgpack.pack(all))
 end
 
 local function ring()
@@ -135,6 +156,9 @@ end
 local function forget(id, chunk)
   redis.call('HDEL', key('open'), id)
   redis.call('ZREM', key('delayed'), id)
+  for offset in pairs(chunk.crashes) do
+    redis.call('HDEL', key('crashes'), crash_field(id, offset))
+  end
   for _, p in ipairs(chunk.positions) do
     redis.call('ZREM', key('position:' .. p[1] .. ':' .. p[2]), p[3])
   end

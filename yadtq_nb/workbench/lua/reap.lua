@@ -40,7 +40,9 @@ for i, entry in ipairs(lapsed) do
   local id, chunk = entry[1], entry[2]
   local offset = redis.call('HGET', key('at'), id)
   if offset then
-    chunk.crashes[offset] = (chunk.crashes[offset] or 0) + 1
+    local info = redis.call('HGET', key('nodes'), chunk.owner)
+    local host = info and cmsgpack.unpack(info).host or ''
+    charge(id, chunk, offset, {host, chunk.owner, 'its node died or was cut off', 0, now, ''})
   end
   chunk.lapses = chunk.lapses + 1
   told[i] = {id, chunk.owner}

@@ -26,7 +26,12 @@ local function take_next(lane)
           waiting[#waiting + 1] = tonumber(offset)
         end
       end
-      local told = {chunk.crashes, chunk.lapses, chunk.tries or {}, chunk.notes or {}, waiting}
+      local deaths = {}
+      for offset in pairs(chunk.crashes) do
+        local packed = redis.call('HGET', key('crashes'), crash_field(id, offset))
+        deaths[offset] = packed and cmsgpack.unpack(packed) or {}
+      end
+      local told = {chunk.crashes, chunk.lapses, chunk.tries or {}, chunk.notes or {}, waiting, deaths}
       taken[#taken + 1] = {id, token, data, chunk.done, cmsgpack.pack(told)}
     else
       -- Its job was cancelled or has expired: nobody asks for it any more.
