@@ -27,8 +27,8 @@ from yadtq_nb.local.stack import Stack
 COUNT = 3_000
 #: What a task takes.
 SECONDS = 0.002
-#: Seconds that Kafka is away, longer than a lease.
-AWAY = 3.0
+#: Seconds that Kafka is away.
+AWAY = 20.0
 #: Seconds after which a map will not end any more.
 LIMIT = 60
 
