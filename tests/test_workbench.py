@@ -621,3 +621,21 @@ def test_deadline_is_kept_by_whoever_reaps(bench: Bench) -> None:
     assert late is not None
     assert early is not None
     assert (late.cancel, late.cancelled, early.cancel) == ("deadline", 1, "")
+
+
+def test_cancel_of_a_long_line_reads_none_of_it_and_is_swept_bit_by_bit(bench: Bench) -> None:
+    bench.node("a").feed([bench.batch(*(bench.head(n) for n in range(300)))], 0)
+    bench.node("a").feed([bench.batch(*(bench.head(n, job="other") for n in range(3)))], 0)
+    client, key = bench.store._redis.client, bench.store._redis.key
+    (lease,), _ = bench.node("a").take(1)
+    bench.node("a").release(lease)
+    for n in range(300, 1500, 300):
+        bench.node("a").feed([bench.batch(*(bench.head(m) for m in range(n, n + 300)))], 0)
+    bench.store.cancel(Cancel("job"))
+    assert client.llen(key("ready")) == 3
+    assert client.hlen(key("open")) == 503, "a thousand are swept at once"
+    bench.node("a").finish(lease, range(1), b"S", b"late")
+    bench.node("a").reap()
+    assert client.hlen(key("open")) == 3
+    assert [lease.head.job for lease in bench.node("a").take(9)[0]] == ["other"] * 3
+    assert int(client.get(key("ready_bytes"))) == 0

@@ -209,8 +209,11 @@ local function cancel_job(job, reason, now, keep)
   local kept, dropped = {}, {}
   local line = lane_key('ready', redis.call('HGET', name, 'lane') or 'normal')
   for _, id in ipairs(redis.call('LRANGE', line, 0, -1)) do
-    local to = id:sub(1, #mine) == mine and dropped or kept
-    to[#to + 1] = id
+    if id:sub(1, #mine) == mine then
+      dropped[#dropped + 1] = 'ready:' .. id
+    else
+      kept[#kept + 1] = id
+    end
   end
   if #dropped > 0 then
     redis.call('DEL', line)
@@ -221,28 +224,26 @@ local function cancel_job(job, reason, now, keep)
   for _, id in ipairs(redis.call('ZRANGE', key('delayed'), 0, -1)) do
     if id:sub(1, #mine) == mine then
       redis.call('ZREM', key('delayed'), id)
-      redis.call('RPUSH', key('dropped'), id)
+      redis.call('RPUSH', key('dropped'), 'delayed:' .. id)
     end
   end
   for i = 1, #dropped, 1000 do
     redis.call('RPUSH', key('dropped'), unpack(dropped, i, math.min(i + 999, #dropped)))
-  end
-  for _, id in ipairs(dropped) do
-    local chunk = read_chunk(id)
-    if chunk then
-      count_ready_bytes(chunk, -1)
-    end
   end
   tell(job, 'f', '', 'n', total - done, 'e', 1, 'c', reason)
   redis.call('XADD', key('bell'), 'MAXLEN', '~', 64, '*', 'k', 'cancel')
   return total - done
 end
 
--- Forget what a cancel has taken out of the line, some at a time.
+-- Forget what a cancel has taken out of the line, some at a time: there may be a hundred thousand.
 local function sweep_dropped()
-  for _, id in ipairs(redis.call('LPOP', key('dropped'), 1000) or {}) do
+  for _, entry in ipairs(redis.call('LPOP', key('dropped'), 1000) or {}) do
+    local from, id = entry:match('^(%a+):(.*)$')
     local chunk = read_chunk(id)
     if chunk then
+      if from == 'ready' then
+        count_ready_bytes(chunk, -1)
+      end
       forget(id, chunk)
     end
   end

@@ -11,10 +11,11 @@ if not chunk then
   return {'closed', 0}
 end
 if has_ended(chunk.job) then
+  -- One that nobody has is in a line, or taken out of it, and is seen to there.
   if chunk.owner then
     revoke(id, chunk)
+    forget(id, chunk)
   end
-  forget(id, chunk)
   redis.call('HINCRBY', job_key(chunk.job), 'late', #states)
   return {'closed', 0}
 end
