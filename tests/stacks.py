@@ -101,6 +101,13 @@ class Server:
             self._process.send_signal(number)
             self._process.wait()
 
+    def wipe(self) -> None:
+        """Kill the store, and start it with nothing in it."""
+        self.end(signal.SIGKILL)
+        shutil.rmtree(self._home.store)
+        self._home.make()
+        self.start()
+
     @contextlib.contextmanager
     def running(self) -> Iterator[Server]:
         """Run it until the block ends, and kill it then: its data is in a temporary directory."""

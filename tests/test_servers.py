@@ -17,10 +17,11 @@ import pytest
 import redis
 import stacks
 from confluent_kafka.admin import AdminClient
+from offsets import committed
 from waiting import runs, traced, wait_until
 
-from yadtq_nb import Job, LocalCluster, Queue, WorkbenchFullError
-from yadtq_nb.backlog.connection import tasks_topic
+from yadtq_nb import Job, JobState, LocalCluster, Queue, WorkbenchFullError
+from yadtq_nb.backlog.connection import Topics, tasks_topic
 from yadtq_nb.local.home import Home
 from yadtq_nb.local.stack import Stack
 
@@ -63,9 +64,9 @@ def make_nodes(servers: stacks.Servers, queue_name: str) -> Iterator[MakeNodes]:
         cluster.close()
 
 
-def start_map(queue: Queue, audit: Path, *, chunksize: int = 5, count: int = COUNT) -> Job:
+def start_map(queue: Queue, audit: Path, *, chunksize: int = 5, count: int = COUNT, seconds: float = SECONDS) -> Job:
     """Map, and return when a tenth has run."""
-    job = queue.map(traced, range(count), kwargs={"audit": str(audit), "seconds": SECONDS}, chunksize=chunksize)
+    job = queue.map(traced, range(count), kwargs={"audit": str(audit), "seconds": seconds}, chunksize=chunksize)
     wait_until(lambda: len(runs(audit)) > count // 10, "tasks run")
     assert not job.wait(0), "what comes now comes in the middle of it"
     return job
@@ -110,6 +111,32 @@ def test_store_that_is_killed_and_started_again_with_its_append_only_file_after_
         time.sleep(2.0)
         servers.store.start()
         check(job, audit, again=0)
+
+
+def test_store_that_is_killed_and_comes_back_empty_in_the_middle_of_a_job(
+    servers: stacks.Servers, make_nodes: MakeNodes, audit: Path
+) -> None:
+    """What was finished for good is lost with it, and brought back; who has heard it in time has it all the same."""
+    cluster = make_nodes(doubt=2.0)
+    with cluster.queue() as queue, cluster.queue() as other:
+        job = start_map(queue, audit, seconds=0.008)
+        job.want()
+        topic = Topics(cluster.config, queue.name).ensure()
+        wait_until(lambda: any(committed(cluster, queue, topic).values()), "a part is finished for good")
+        assert not job.wait(0)
+        servers.store.wipe()
+        assert job.results(LIMIT) == [x * x for x in range(COUNT)]
+        seen = other.job(job.id)
+        wait_until(lambda: seen.state is not JobState.RUNNING, "the queue knows where it stands", LIMIT)
+        lost = seen.lost
+        assert seen.state is JobState.INCOMPLETE
+        assert 0 < len(lost) == seen.progress.lost < COUNT
+        before = Counter(runs(audit))
+        assert before.keys() == set(range(COUNT))
+        assert seen.retry() == len(lost)
+        assert seen.results(LIMIT) == [x * x for x in range(COUNT)]
+        assert (seen.state, seen.progress.succeeded) == (JobState.SUCCEEDED, COUNT)
+        assert sorted((Counter(runs(audit)) - before).elements()) == lost, "no other has run again"
 
 
 def test_lease_outlives_an_outage_of_the_store_also_when_another_node_is_back_first(
