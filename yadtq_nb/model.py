@@ -7,7 +7,7 @@ import random
 import secrets
 import time
 from array import array
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
@@ -99,6 +99,21 @@ class Policy(msgspec.Struct, frozen=True, array_like=True):
         return whole * random.uniform(0.5, 1.0)  # no secret
 
 
+#: Stands for the count, or the index, of a need that is a whole job.
+WHOLE: Final = -1
+
+
+class Need(msgspec.Struct, frozen=True, array_like=True):
+    """Tasks whose values are arguments of others, which wait for them."""
+
+    #: Id of their job.
+    job: str
+    #: Index of the first.
+    first: int
+    #: How many, or WHOLE.
+    count: int
+
+
 class ChunkHead(msgspec.Struct, frozen=True, array_like=True):
     """All that a node needs to know of a chunk; the pickles behind it are opened by slots only."""
 
@@ -129,6 +144,8 @@ class ChunkHead(msgspec.Struct, frozen=True, array_like=True):
     #: True when the arguments lie in the workbench and not in this record.
     by_reference: bool = False
     policy: Policy = Policy()
+    #: What its function and its items need of other jobs: it waits until all of that has its outcome.
+    needs: tuple[Need, ...] = ()
 
     @property
     def id(self) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
-from yadtq_nb import codec, pending
+from yadtq_nb import codec, needs, pending
 from yadtq_nb.backlog.publish import Publisher
 from yadtq_nb.backlog.reader import replay_tasks
 from yadtq_nb.client.board import Board
@@ -49,7 +49,7 @@ class Link:
         patiently(self.store.check_secret, PATIENCE)
         self.inbox = Inbox(config, queue)
         self._publisher = Publisher(config, queue, fed=self.store.cursors)
-        self.mailer = Mailer(config, self.store, self._publisher)
+        self.mailer = Mailer(config, self.store, self._publisher, is_ours=self.is_ours)
         self._senders: list[Sender] = []
         self._pid = os.getpid()
         pending.add(self)
@@ -66,12 +66,20 @@ class Link:
 
         Raises:
             TypeError: the function cannot be pickled.
+            ValueError: it holds too many futures.
+            JobError: it holds a future or job of another queue.
         """
         try:
             types = (options.retry_types,) if options.retries else ()
-            function = b"".join(codec.dumps((fn, kwargs, *types)))
+            with needs.collecting(self.is_ours) as met:
+                function = b"".join(codec.dumps((fn, kwargs, *types)))
+        except JobError:
+            raise
         except Exception as exc:  # whatever the user's closure does when it is pickled
             raise TypeError(f"{function_name(fn)} cannot be sent to workers: {type(exc).__name__}: {exc}") from exc
+        needed = met.needs()
+        if len(needed) > needs.MOST:
+            raise ValueError(f"{function_name(fn)} cannot be sent to workers: {needs.too_many(len(needed))}")
         job, name = new_id(), options.name
         packet = Packet(
             job=job,
@@ -87,10 +95,34 @@ class Link:
             parameters=_parameters(fn) if style != "item" else (),
             deadline=options.ends_at(self.store.now),
             policy=options.policy(self.store.now),
+            needs=needed,
         )
         if packet.by_blob:
             self.mailer.keep_blob(codec.FUNCTION, packet.function_id, function)
         return packet
+
+    def is_ours(self, other: object) -> bool:
+        """Tell whether the client of some job belongs to this queue, on these servers."""
+        if other is self:
+            return True
+        if not isinstance(other, Link) or (other.queue, other.key) != (self.queue, self.key):
+            return False
+        # One server may have several addresses.
+        return other._config.redis == self._config.redis or other.store.run_id() == self.store.run_id()
+
+    def check(self, *arguments: object) -> None:
+        """Find a future or job of another queue among arguments before anything of them is sent.
+
+        Raises:
+            JobError: there is one.
+        """
+        try:
+            with needs.collecting(self.is_ours):
+                codec.dumps(arguments)
+        except JobError:
+            raise
+        except Exception:  # as the task will say
+            return
 
     def claim(self, packet: Packet, total: int | None) -> Packet:
         """Make the job known to the queue, under its name; a name that was made up is changed when it is taken.

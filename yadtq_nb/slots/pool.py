@@ -152,6 +152,7 @@ class SlotPool:
         function_path: Path | None = None,
         tree_path: Path | None = None,
         arguments_path: Path | None = None,
+        needs_path: Path | None = None,
         skip: frozenset[int] = frozenset(),
     ) -> None:
         """Run a chunk in one of the slots that were claimed. Thread-safe; never raises for what happens to the slot.
@@ -160,6 +161,7 @@ class SlotPool:
             function_path: sealed blob of the function, when it does not travel in the record.
             tree_path: sealed blob of the source tree that the chunk's environment names.
             arguments_path: sealed blob of the arguments, when they do not travel in the record.
+            needs_path: outcomes of other jobs that its arguments need.
             skip: offsets that are not to be run, besides those that are done.
         """
         head = lease.head
@@ -175,6 +177,7 @@ class SlotPool:
             str(arguments_path or ""),
             tries=lease.tries,
             notes=lease.notes,
+            needs=str(needs_path or ""),
         )
         with self._lock:
             self._reserved -= 1

@@ -331,6 +331,26 @@ class JobStore:
         with self._redis.use() as client:
             return [name for name in _decoded(client.hkeys(self._key(job, "out"))) if not name.endswith("m")]
 
+    def spans(self, job: str) -> list[tuple[int, int, int]]:
+        """Return number, first index and count of the chunks that have reached the workbench."""
+        with self._redis.use() as client:
+            packed = client.get(self._key(job, "spans")) or b""
+        return list(_SPAN.iter_unpack(packed))
+
+    def outcomes_of(self, job: str, numbers: Iterable[int]) -> list[Stored]:
+        """Return the outcomes of some chunks."""
+        found: list[Stored] = []
+        left, part = list(numbers), 0
+        while left:
+            # Two parts at a time: most chunks have one, and so it is known at once that there is no more.
+            fields = [f"{number}.{part + n}" for number in left for n in range(2)]
+            stored = list(self.outcomes(job, fields))
+            found += stored
+            part += 2
+            whole = {s.field for s in stored}
+            left = [number for number in left if f"{number}.{part - 1}" in whole]
+        return found
+
     def inputs(self, job: str) -> Iterator[bytes]:
         """Yield the sealed records of a job's chunks, in order."""
         with self._redis.use() as client:
