@@ -73,6 +73,18 @@ class JobRecord(msgspec.Struct, frozen=True):
         return self.succeeded + self.failed + self.cancelled
 
 
+class JobFacts(msgspec.Struct, frozen=True):
+    """What those that need a job's values must know of it."""
+
+    name: str
+    #: -1 while it was not sent whole.
+    total: int
+    #: Why it was ended before its time, or "".
+    cancel: str
+    #: Tasks that were cancelled.
+    cancelled: int
+
+
 class News(msgspec.Struct, frozen=True):
     """One entry of the results stream."""
 
@@ -337,19 +349,29 @@ class JobStore:
             packed = client.get(self._key(job, "spans")) or b""
         return list(_SPAN.iter_unpack(packed))
 
-    def outcomes_of(self, job: str, numbers: Iterable[int]) -> list[Stored]:
-        """Return the outcomes of some chunks."""
-        found: list[Stored] = []
-        left, part = list(numbers), 0
+    def outcomes_of(self, job: str, numbers: Sequence[int]) -> tuple[JobFacts | None, list[Stored]]:
+        """Return what is known of a job, or None, and the outcomes of some of its chunks, at one moment."""
+        # Two parts of each: most chunks have one, and so it is known at once that there is no more.
+        fields = [f"{number}.{part}" for number in numbers for part in range(2)]
+        masks = [f"{field}m" for field in fields]
+        with self._redis.use() as client:
+            pipe = client.pipeline(transaction=False)
+            pipe.hmget(self._key(job), "name", "total", "sealed", "cancel", "cancelled", "id")
+            if fields:
+                pipe.hmget(self._key(job, "out"), [*fields, *masks])
+            facts, *cells = pipe.execute()
+        frames = cells[0] if cells else []
+        found = [
+            Stored(field, frame, mask or b"")
+            for field, frame, mask in zip(fields, frames, frames[len(fields) :], strict=False)
+            if frame is not None
+        ]
+        left, part = [s.field.removesuffix(".1") for s in found if s.field.endswith(".1")], 2
         while left:
-            # Two parts at a time: most chunks have one, and so it is known at once that there is no more.
-            fields = [f"{number}.{part + n}" for number in left for n in range(2)]
-            stored = list(self.outcomes(job, fields))
-            found += stored
-            part += 2
-            whole = {s.field for s in stored}
-            left = [number for number in left if f"{number}.{part - 1}" in whole]
-        return found
+            more = list(self.outcomes(job, [f"{number}.{part}" for number in left]))
+            found += more
+            left, part = [stored.field.partition(".")[0] for stored in more], part + 1
+        return _facts(facts), found
 
     def inputs(self, job: str) -> Iterator[bytes]:
         """Yield the sealed records of a job's chunks, in order."""
@@ -452,6 +474,13 @@ def _record(fields: dict[bytes, bytes], sending: bool, now: float, ttl: int) -> 
         cancel=fields.get(b"cancel", b"").decode(),
         lost=count(b"lost"),
     )
+
+
+def _facts(cells: list[bytes | None]) -> JobFacts | None:
+    name, total, sealed, cancel, cancelled, id = (cell.decode() if cell is not None else "" for cell in cells)
+    if not id:
+        return None
+    return JobFacts(name or id, int(total or -1) if sealed == "1" else -1, cancel, int(cancelled or 0))
 
 
 def _decoded(names: Iterable[Any]) -> list[str]:

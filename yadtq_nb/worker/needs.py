@@ -95,20 +95,18 @@ class NeedFiles:
 
     def _supply(self, job: str, needs: list[Need]) -> tuple[Supply, bool]:
         """Return what a job has, and whether nothing is missing that might come yet."""
-        record = self._store.record(job)
-        if record is None:
+        whole = any(need.count == WHOLE for need in needs)
+        numbers = [] if whole else self._numbers(job, needs)
+        facts, stored = self._store.outcomes_of(job, numbers)
+        if facts is None:
             return Supply(job, job), False
-        if any(need.count == WHOLE for need in needs):
+        if whole:
             stored = list(self._store.outcomes(job, self._store.fields(job)))
-            complete = record.succeeded + record.failed == record.total
-        else:
-            numbers = self._numbers(job, needs)
-            stored = self._store.outcomes_of(job, numbers)
-            complete = len(stored) >= len(numbers) and not record.cancelled and not record.cancel
-        dropped = tuple(self._store.dropped(job)) if record.cancelled else ()
-        total = record.total if record.sealed else -1
+        dropped = tuple(self._store.dropped(job)) if facts.cancelled else ()
+        complete = not facts.cancelled and not facts.cancel
+        complete = complete and (facts.total >= 0 if whole else len(stored) >= len(numbers))
         segments = tuple((s.frame, s.mask) for s in stored)
-        return Supply(job, record.name, True, total, record.cancel, dropped, segments), complete
+        return Supply(job, facts.name, True, facts.total, facts.cancel, dropped, segments), complete
 
     def _numbers(self, job: str, needs: list[Need]) -> list[int]:
         """Return the numbers of the chunks that hold some tasks, as far as they have reached the workbench."""

@@ -92,66 +92,40 @@ local function put_in_front(id, chunk)
 end
 
 -- A chunk that needs tasks of other jobs waits aside, for one chunk of them at a time. It is noted there, at the other
--- job: in job:ID:waiters, by the number of the chunk that it waits for. So nothing is asked again and again, and a job
--- that nobody waits for pays for nothing.
-local UNFED, WHOLE = -1, -2
+-- job: in job:ID:waiters, by the number of the chunk that it waits for, by unfed(index) as long as that has not come, or
+-- by WHOLE for the end of the job. So nothing is asked again and again, and a job that nobody waits for pays nothing.
+local WHOLE = -1
+local function unfed(index)
+  return -2 - index
+end
 -- Every so many seconds it looks by itself: nobody tells it that what it needs will never be sent.
 local LOOK_AGAIN = 60
-local spans_of, sorted_of = {}, {}
 
-local function span(packed, place)
-  local number, first, count = struct.unpack('<I4I4I4', packed, place * 12 + 1)
-  return number, first, first + count
-end
-
--- The last of some spans in order of which the first index is not past this one.
-local function search(low, high, first_of, index)
-  while low < high do
-    local middle = math.floor((low + high + 1) / 2)
-    if first_of(middle) <= index then
-      low = middle
-    else
-      high = middle - 1
-    end
+-- A job of which single tasks are needed has its chunks in order, too: job:ID:places, by their first index.
+local function note_places(job, spans)
+  local places, at = job_key(job, 'places'), 1
+  while at < #spans do
+    local number, first, count
+    number, first, count, at = struct.unpack('<I4I4I4', spans, at)
+    redis.call('ZADD', places, first, number .. ':' .. first + count)
   end
-  return low
+  redis.call('EXPIRE', places, redis.call('TTL', job_key(job)))
 end
 
--- The chunk of a job that has a task: its number, and the index after its last. Feed notes chunks as they come, which
--- is nearly in order: it is looked for where it should be, and only then among all of them, sorted once in a script.
+-- The chunk of a job that has a task: its number, and the index after its last.
 local function chunk_with(job, index)
-  local packed = spans_of[job] or redis.call('GET', job_key(job, 'spans')) or ''
-  spans_of[job] = packed
-  local last = #packed / 12 - 1
-  if last < 0 then
-    return nil
+  if redis.call('HSETNX', job_key(job), 'placed', 1) == 1 then
+    note_places(job, redis.call('GET', job_key(job, 'spans')) or '')
   end
-  if not sorted_of[job] then
-    local near = search(0, last, function(place)
-      local _, first = span(packed, place)
-      return first
-    end, index)
-    for place = math.max(0, near - 16), math.min(last, near + 16) do
-      local number, first, stop = span(packed, place)
-      if first <= index and index < stop then
-        return number, stop
-      end
-    end
-    sorted_of[job] = {}
-    for place = 0, last do
-      sorted_of[job][place + 1] = {span(packed, place)}
-    end
-    table.sort(sorted_of[job], function(a, b) return a[2] < b[2] end)
-  end
-  local sorted = sorted_of[job]
-  local found = sorted[search(1, #sorted, function(place) return sorted[place][2] end, index)]
-  if found[2] <= index and index < found[3] then
-    return found[1], found[3]
+  local found = redis.call('ZREVRANGEBYSCORE', job_key(job, 'places'), index, '-inf', 'LIMIT', 0, 1)[1]
+  local number, stop = (found or ''):match('^(%d+):(%d+)$')
+  if number and index < tonumber(stop) then
+    return tonumber(number), tonumber(stop)
   end
 end
 
--- Where a need is not met: the number of a chunk, UNFED or WHOLE, and whether nobody is there who would send it; nil when
--- it is met. What has ended without an outcome counts as met: the slot will say so. What is met of a need is taken off.
+-- What a need waits for: the number of a chunk, unfed(index) or WHOLE, and whether nobody is there who would send it; nil
+-- when it is met. What has ended without an outcome is met, too: the slot will say so. What is met is taken off.
 local function first_unmet(need, chunk)
   local job = need[1]
   local f = redis.call('HMGET', job_key(job), 'ended', 'sealed', 'id')
@@ -163,11 +137,13 @@ local function first_unmet(need, chunk)
     or f[3] and f[2] ~= '1' and redis.call('EXISTS', job_key(job, 'sending')) == 0
   if need[3] < 0 then
     return WHOLE, lonely
+  elseif not f[3] then
+    return unfed(need[2]), lonely
   end
   while need[3] > 0 do
     local number, stop = chunk_with(job, need[2])
     if not number then
-      return UNFED, lonely
+      return unfed(need[2]), lonely
     end
     local own = job == chunk.job and number == chunk.number
     if not own and redis.call('GETBIT', job_key(job, 'finished'), number) == 0 then
@@ -229,6 +205,19 @@ local function tell_waiters(job, from, to)
   ring()
 end
 
+-- Chunks of a job have come: they are noted, for those who search them, and told to those who wait for them.
+local function tell_fed(job, spans)
+  if redis.call('HEXISTS', job_key(job), 'placed') == 1 then
+    note_places(job, spans)
+  end
+  local at = redis.call('EXISTS', job_key(job, 'waiters')) == 1 and 1 or #spans
+  while at < #spans do
+    local number, first, count
+    number, first, count, at = struct.unpack('<I4I4I4', spans, at)
+    tell_waiters(job, unfed(first + count - 1), unfed(first))
+  end
+end
+
 -- Back to the front of the line: it has waited already. One whose tasks all wait for their next attempt waits aside.
 local function put_back(id, chunk, now)
   revoke(id, chunk)
@@ -283,7 +272,7 @@ end
 
 -- All keys of a job live for so many seconds from now.
 local function expire_job(job, seconds)
-  for _, part in ipairs({'in', 'out', 'finished', 'failed', 'dropped', 'spans'}) do
+  for _, part in ipairs({'in', 'out', 'finished', 'failed', 'dropped', 'spans', 'places'}) do
     redis.call('EXPIRE', job_key(job, part), seconds)
   end
   redis.call('EXPIRE', job_key(job), seconds)

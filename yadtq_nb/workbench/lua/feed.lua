@@ -50,7 +50,7 @@ local function count_jobs()
       else
         redis.call('APPEND', job_key(id, 'spans'), job.spans)
       end
-      tell_waiters(id, UNFED, UNFED)
+      tell_fed(id, job.spans)
     end
   end
 end
