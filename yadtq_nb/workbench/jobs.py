@@ -356,7 +356,7 @@ class JobStore:
         masks = [f"{field}m" for field in fields]
         with self._redis.use() as client:
             pipe = client.pipeline(transaction=False)
-            pipe.hmget(self._key(job), "name", "total", "sealed", "cancel", "cancelled", "id")
+            pipe.hmget(self._key(job), "name", "total", "sealed", "ended", "cancel", "cancelled", "id")
             if fields:
                 pipe.hmget(self._key(job, "out"), [*fields, *masks])
             facts, *cells = pipe.execute()
@@ -477,10 +477,10 @@ def _record(fields: dict[bytes, bytes], sending: bool, now: float, ttl: int) -> 
 
 
 def _facts(cells: list[bytes | None]) -> JobFacts | None:
-    name, total, sealed, cancel, cancelled, id = (cell.decode() if cell is not None else "" for cell in cells)
+    name, total, sealed, ended, cancel, cancelled, id = (cell.decode() if cell is not None else "" for cell in cells)
     if not id:
         return None
-    return JobFacts(name or id, int(total or -1) if sealed == "1" else -1, cancel, int(cancelled or 0))
+    return JobFacts(name or id, int(total or -1) if sealed == "1" or ended else -1, cancel, int(cancelled or 0))
 
 
 def _decoded(names: Iterable[Any]) -> list[str]:
