@@ -853,7 +853,7 @@ def test_keys_of_dependencies_expire_and_are_the_queues(bench: Bench) -> None:
     bench.feed(needing(bench, Need("job", 0, 1)), needing(bench, Need("unknown", 0, 1), number=1))
     names = [*keys(bench, "job:*:waiters"), *keys(bench, "job:*:places")]
     with bench.store._redis.use() as client:
-        assert sorted(name.decode().rpartition(":job:")[2] for name in names) == [
+        assert sorted(name.decode().partition("}:job:")[2] for name in names) == [
             "job:places",
             "job:waiters",
             "unknown:waiters",
