@@ -14,7 +14,20 @@ from waiting import wait_until
 from yadtq_nb import codec, journal
 from yadtq_nb.config import Config
 from yadtq_nb.errors import Crash, SignatureError, WorkbenchError
-from yadtq_nb.model import Cancel, ChunkHead, Environment, Lease, Manifest, Retry, Seal, Segment, WorkerInfo
+from yadtq_nb.model import (
+    WHOLE,
+    Cancel,
+    ChunkHead,
+    Environment,
+    Lease,
+    Manifest,
+    Need,
+    Policy,
+    Retry,
+    Seal,
+    Segment,
+    WorkerInfo,
+)
 from yadtq_nb.workbench.bench import Batch, Cursor, NotLiveError, Share, Workbench
 from yadtq_nb.workbench.jobs import JobStore
 from yadtq_nb.worker.restore import restore_jobs
@@ -639,3 +652,257 @@ def test_cancel_of_a_long_line_reads_none_of_it_and_is_swept_bit_by_bit(bench: B
     assert client.hlen(key("open")) == 3
     assert [lease.head.job for lease in bench.node("a").take(9)[0]] == ["other"] * 3
     assert int(client.get(key("ready_bytes"))) == 0
+
+
+# Needs: a chunk waits aside for chunks of other jobs, one at a time, and whatever becomes of these ends its wait.
+
+
+def needing(bench: Bench, *needs: Need, number: int = 0, count: int = 1, job: str = "second") -> ChunkHead:
+    return msgspec.structs.replace(bench.head(number, count, job), needs=needs)
+
+
+def take(bench: Bench) -> list[str]:
+    bench.beat("a")
+    return [lease.head.id for lease in bench.node("a").take(9)[0]]
+
+
+def keys(bench: Bench, pattern: str) -> list[bytes]:
+    with bench.store._redis.use() as client:
+        return list(client.scan_iter(bench.store._redis.key(pattern)))
+
+
+def look_later(bench: Bench, chunk: str, seconds: float) -> list[str]:
+    """Have a chunk look for what it needs, as if so much time had passed; returns what is taken then."""
+    with bench.store._redis.use() as client:
+        name = bench.store._redis.key("open")
+        known = msgspec.msgpack.decode(client.hget(name, chunk))
+        if "stalled" in known:
+            known["stalled"] -= seconds
+        client.hset(name, chunk, msgspec.msgpack.encode(known))
+        assert client.zadd(bench.store._redis.key("delayed"), {chunk: 1.0}, xx=True, ch=True) == 1, "it waits"
+    return take(bench)
+
+
+def test_chunk_waits_for_the_chunk_that_holds_what_it_needs_and_for_no_other(bench: Bench) -> None:
+    leases = bench.feed(*(bench.head(n, count=2) for n in range(3)), free=3)
+    assert bench.feed(needing(bench, Need("job", 3, 1)), free=1) == [], "a free slot is not given to it"
+    bench.finish("a", leases[0], b"SS")
+    bench.finish("a", leases[1], b"S")
+    assert take(bench) == []
+    assert bench.finish("a", leases[1], b"F", first=1) == "closed"
+    assert bench.finish("a", leases[1], b"F", first=1) == "closed", "sent twice"
+    assert take(bench) == ["second:0"]
+    assert take(bench) == []
+    assert bench.feed(needing(bench, Need("job", 0, 3), number=1), free=1)[0].head.id == "second:1", "all is there"
+    assert keys(bench, "job:job:waiters") == []
+
+
+def test_chunk_waits_for_a_range_of_tasks_whatever_their_order(bench: Bench) -> None:
+    heads = [bench.head(n, count=2) for n in range(5)]
+    leases = {lease.head.number: lease for lease in bench.feed(*(heads[n] for n in (3, 1, 4, 0, 2)), free=5)}
+    bench.feed(needing(bench, Need("job", 3, 5)))
+    for number in (2, 4, 1, 3):
+        assert take(bench) == []
+        bench.finish("a", leases[number], b"SS")
+    assert take(bench) == ["second:0"]
+
+
+def test_chunk_waits_for_what_has_not_been_fed_yet_in_whatever_order_it_comes(bench: Bench) -> None:
+    bench.feed(needing(bench, Need("job", 4, 2)), needing(bench, Need("job", 0, 1), number=1))
+    bench.store.say_sending("job")
+    assert take(bench) == []
+    (last,) = bench.feed(bench.head(2, count=2), free=1)
+    bench.finish("a", last, b"SS")
+    assert take(bench) == ["second:0"], "the first is not fed yet"
+    (first,) = bench.feed(bench.head(0, count=2), free=1)
+    assert take(bench) == []
+    bench.finish("a", first, b"SS")
+    assert take(bench) == ["second:1"]
+    # In one batch, the one that needs another in front of it.
+    bench.feed(needing(bench, Need("third", 0, 1), number=2), bench.head(0, job="third"))
+    (lease,) = bench.node("a").take(9)[0]
+    assert lease.head.id == "third:0"
+    bench.finish("a", lease)
+    assert take(bench) == ["second:2"]
+
+
+def test_chunk_that_needs_several_jobs_waits_for_all_of_them(bench: Bench) -> None:
+    jobs = ("x", "y", "z")
+    leases = bench.feed(*(bench.head(0, job=job) for job in jobs), free=3)
+    bench.feed(needing(bench, *(Need(job, 0, 1) for job in jobs)))
+    for lease in leases:
+        assert take(bench) == []
+        assert len(keys(bench, "job:*:waiters")) == 1, "it is noted in one place at a time"
+        bench.finish("a", lease)
+    assert take(bench) == ["second:0"]
+
+
+@pytest.mark.parametrize("sealed", ["before", "after"])
+def test_chunk_that_needs_a_whole_job_waits_for_its_end(bench: Bench, sealed: str) -> None:
+    bench.store.create(Manifest("job", "job", "fn", 1.0, -1))
+    leases = bench.feed(bench.head(0), bench.head(1), free=2)
+    bench.feed(needing(bench, Need("job", 0, WHOLE)))
+    if sealed == "before":
+        bench.store.seal(Seal("job", 2))
+    for lease in leases:
+        assert take(bench) == []
+        bench.finish("a", lease)
+    if sealed == "after":
+        assert take(bench) == []
+        bench.store.seal(Seal("job", 2))
+    assert take(bench) == ["second:0"]
+    assert bench.feed(needing(bench, Need("job", 0, WHOLE), number=1), free=1), "it has ended"
+
+
+@pytest.mark.parametrize("end", ["cancel", "drop", "deadline", "lost"])
+def test_whatever_ends_a_job_ends_the_wait_for_it(bench: Bench, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    deadline = bench.store.now() - 1 if end == "deadline" else 0.0
+    bench.store.create(Manifest("job", "job", "fn", 1.0, 3, deadline=deadline))
+    bench.feed(bench.head(0), bench.head(1))
+    bench.feed(needing(bench, Need("job", 1, 1)))
+    if end == "cancel":
+        bench.store.cancel(Cancel("job"))
+    elif end == "drop":
+        assert bench.store.drop("job", [1]) == [1]
+    elif end == "deadline":
+        bench.node("b").reap()
+    else:
+        bench.feed(needing(bench, Need("job", 2, 1), number=1))
+        for lease in bench.node("a").take(9)[0]:
+            bench.finish("a", lease)
+        assert take(bench) == ["second:0"]
+        bench.store.seal(Seal("job", 3, {f"{TOPIC}/0": 1}))
+        monkeypatch.setattr("yadtq_nb.workbench.bench.DOUBT", 0.1)
+        wait_until(lambda: bool(bench.node("b").reap() or "second:1" in take(bench)))
+        return
+    assert "second:0" in take(bench)
+
+
+def test_chunk_that_waits_for_others_holds_up_no_watermark_and_keeps_its_record(bench: Bench) -> None:
+    node = Workbench(msgspec.structs.replace(bench.config, watermark_chunks=1), bench.queue, "a")
+    bench.feed(*(needing(bench, Need("job", 0, 1), number=n) for n in range(3)))
+    (fed,), _ = node.feed([bench.batch(bench.head(0))], 0)
+    assert fed.status == "fed", "what waits does not count"
+    for share in bench.beat("a", polls=True):
+        assert share.partition or share.low == Cursor(TOPIC, 0), "a wipe of Redis would have them fed again"
+    node.close()
+
+
+def test_waiting_chunk_that_is_fed_twice_runs_once(bench: Bench) -> None:
+    (first,) = bench.feed(bench.head(0), free=1)
+    head = needing(bench, Need("job", 0, 1))
+    bench.feed(head, head)
+    assert take(bench) == []
+    bench.finish("a", first)
+    (lease,) = bench.node("a").take(9)[0]
+    assert take(bench) == []
+    bench.feed(head)
+    assert bench.finish("a", lease) == "closed"
+    assert take(bench) == []
+    (share,) = [share for share in bench.beat("a", polls=True) if share.partition == 0]
+    assert share.low == Cursor(TOPIC, bench.offsets), "all of its records are closed"
+
+
+def test_chunk_that_comes_back_does_not_wait_again(bench: Bench) -> None:
+    (first,) = bench.feed(bench.head(0), free=1)
+    bench.feed(needing(bench, Need("job", 0, 1), count=2))
+    bench.finish("a", first)
+    (lease,) = bench.node("a").take(9)[0]
+    bench.store._redis.client.delete(*keys(bench, "job:job*"))  # it has expired
+    bench.node("a").retry(lease, [Retry(0, 1, 0.0, "boom")])
+    bench.node("a").release(lease)
+    (again,) = bench.node("a").take(9)[0]
+    bench.node("b").reap("a")
+    assert again.tries == {0: 1}
+    bench.beat("b")
+    assert [lease.head.id for lease in bench.node("b").take(9)[0]] == ["second:0"], "nor after its node's death"
+
+
+def test_chunk_with_a_later_start_waits_for_both(bench: Bench) -> None:
+    (first,) = bench.feed(bench.head(0), free=1)
+    policy = Policy(start_after=bench.store.now() + 0.6)
+    bench.feed(msgspec.structs.replace(needing(bench, Need("job", 0, 1)), policy=policy))
+    bench.finish("a", first)
+    assert take(bench) == []
+    wait_until(lambda: take(bench) == ["second:0"])
+    assert bench.store.now() >= policy.start_after
+
+
+def test_cancelled_chunk_that_waits_never_runs_and_leaves_nothing(bench: Bench) -> None:
+    (first,) = bench.feed(bench.head(0), free=1)
+    bench.feed(needing(bench, Need("job", 0, 1)), needing(bench, Need("job", 0, 1), number=0, job="third"))
+    bench.store.cancel(Cancel("second"))
+    assert bench.store.drop("third", [0]) == [0]
+    assert keys(bench, "job:*:waiters") == []
+    bench.finish("a", first)
+    assert take(bench) == []
+    assert bench.node("a").open_chunks() == 0
+
+
+def test_wait_begins_anew_after_a_wipe(bench: Bench) -> None:
+    heads = bench.head(0), needing(bench, Need("job", 0, 1))
+    bench.feed(*heads, free=1)
+    bench.wipe()
+    bench.beat("a")
+    bench.start()
+    (first,) = bench.feed(*heads, free=2, at=0)
+    assert first.head.id == "job:0"
+    assert take(bench) == []
+    bench.finish("a", first)
+    assert take(bench) == ["second:0"]
+
+
+def test_what_nobody_will_send_is_not_waited_for_for_ever(bench: Bench) -> None:
+    bench.feed(*(needing(bench, Need(job, 0, count), job=f"by-{job}") for job, count in (("x", 1), ("y", WHOLE))))
+    for job in ("by-x:0", "by-y:0"):
+        assert look_later(bench, job, 30) == []
+        assert look_later(bench, job, 31) == [job]
+
+
+def test_what_may_still_be_sent_is_waited_for(bench: Bench) -> None:
+    chunk = "second:0"
+    bench.feed(needing(bench, Need("job", 0, 1)))
+    assert look_later(bench, chunk, 1_000) == [], "nobody has looked for long: all nodes were away"
+    assert look_later(bench, chunk, 59) == [], "so that it counts from there"
+    node = Workbench(msgspec.structs.replace(bench.config, watermark_chunks=0), bench.queue, "a")
+    assert node.feed([bench.batch(bench.head(0))], 0)[0][0].status == "full"
+    assert look_later(bench, chunk, 61) == [], "it may lie in Kafka, behind a full line"
+    node.close()
+    with bench.store._redis.use() as client:
+        client.delete(bench.store._redis.key("full"))
+    bench.store.create(Manifest("job", "job", "fn", 1.0, 5))
+    bench.store.say_sending("job")
+    assert look_later(bench, chunk, 0) == []
+    assert look_later(bench, chunk, 61) == [], "its client is sending"
+    bench.store.stop_sending("job")
+    bench.store.seal(Seal("job", 5))
+    assert look_later(bench, chunk, 0) == []
+    assert look_later(bench, chunk, 61) == [], "all is in Kafka"
+
+
+def test_chunk_does_not_wait_for_itself(bench: Bench) -> None:
+    bench.feed(needing(bench, Need("second", 1, 1), count=2))
+    bench.feed(needing(bench, Need("second", 0, WHOLE), number=2))
+    assert sorted(take(bench)) == ["second:0", "second:2"], "their slot will say that this has no outcome"
+
+
+def test_chunk_is_found_again_whose_note_was_lost(bench: Bench) -> None:
+    (first,) = bench.feed(bench.head(0), free=1)
+    bench.feed(needing(bench, Need("job", 0, 1)))
+    bench.store._redis.client.delete(*keys(bench, "job:job:waiters"))
+    bench.finish("a", first)
+    assert look_later(bench, "second:0", 0) == ["second:0"]
+
+
+def test_keys_of_dependencies_expire_and_are_the_queues(bench: Bench) -> None:
+    bench.feed(bench.head(0))
+    bench.feed(needing(bench, Need("job", 0, 1)), needing(bench, Need("unknown", 0, 1), number=1))
+    names = [*keys(bench, "job:*:waiters"), *keys(bench, "job:*:places")]
+    with bench.store._redis.use() as client:
+        assert sorted(name.decode().partition("}:job:")[2] for name in names) == [
+            "job:places",
+            "job:waiters",
+            "unknown:waiters",
+        ]
+        assert all(client.ttl(name) > 0 for name in names)
+        assert not client.exists(bench.store._redis.key("job:unknown")), "nothing is made up of a job"

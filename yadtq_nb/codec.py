@@ -26,8 +26,9 @@ from typing import Any, Final, TypeAlias
 import msgspec
 import zstandard
 
-from yadtq_nb.errors import FormatError, SignatureError
-from yadtq_nb.model import ChunkHead, Segment
+from yadtq_nb import errors
+from yadtq_nb.errors import FormatError, RemoteTraceback, SignatureError, TaskCrashedError, TaskError
+from yadtq_nb.model import ChunkHead, ErrorInfo, Segment
 from yadtq_nb.salvage import load_each
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
@@ -393,6 +394,37 @@ def claimed_job(record: Buffer) -> str:
     return job if _NAME.fullmatch(job) else ""
 
 
+def revive(info: ErrorInfo | None, index: int) -> BaseException:
+    """Bring a task's exception back as itself, with the remote traceback as its cause.
+
+    One that cannot be pickled and unpickled comes as a TaskError with its type, message and traceback.
+    """
+    if info is None:
+        return TaskError(f"task {index} has no outcome: it was cancelled or lost", index=index)
+    error: BaseException | None = None
+    if info.pickled:
+        try:
+            error = loads_home(info.pickled)
+        except Exception as exc:  # whatever the user's exception does when it is unpickled
+            return _stand_in(info, index, f" (it cannot be unpickled here: {type(exc).__name__}: {exc})")
+    # A SystemExit, KeyboardInterrupt or CancelledError of a task would end the notebook's own work.
+    if not isinstance(error, Exception):
+        return _stand_in(info, index, "")
+    if info.traceback:
+        error.__cause__ = RemoteTraceback(info.traceback)
+    return error
+
+
+def _stand_in(info: ErrorInfo, index: int, why: str) -> TaskError:
+    cls: type[TaskError] = getattr(errors, info.ours, TaskError)
+    message = info.message if info.ours != "TaskError" else f"{info.type_name}: {info.message}{why}"
+    facts = msgspec.structs.asdict(info.crashed) if info.crashed is not None and cls is TaskCrashedError else {}
+    error = cls(message, index=index, type_name=info.type_name, remote_traceback=info.traceback, **facts)
+    if info.traceback:
+        error.__cause__ = RemoteTraceback(info.traceback)
+    return error
+
+
 def content_hash(data: Buffer) -> str:
     """Name of a blob: 32 hex digits of its SHA-256."""
     return hashlib.sha256(data).hexdigest()[:32]
@@ -423,6 +455,9 @@ def _wrong_field(head: ChunkHead) -> str | None:
         return "number of tasks"
     if not -1 <= head.total <= _UINT32:
         return "total"
+    for need in head.needs:
+        if _NAME.fullmatch(need.job) is None or need.first < 0 or not -1 <= need.count <= _UINT32 - need.first:
+            return "list of needs"
     # Written so that it is wrong for what is not a number.
     return None if 0 <= head.created < 1e12 else "time"
 

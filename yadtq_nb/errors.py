@@ -18,6 +18,7 @@ YadtqError
 │   ├── JobCancelledError               someone has cancelled it
 │   └── JobTimeoutError (TimeoutError)  not finished in the time that was given
 └── TaskError                           one task failed, and its own exception cannot be shown
+    ├── DependencyError                 what it needs of another task is not there: that one failed, or was cancelled
     ├── TaskCrashedError                it killed its slot too often
     ├── TaskTimeoutError (TimeoutError) it took longer than timeout=
     ├── ItemPickleError                 its item cannot be pickled
@@ -140,6 +141,22 @@ class TaskError(YadtqError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.args, self.__dict__)
+
+
+class DependencyError(TaskError):
+    """The task was not run: one of its arguments is a future or job that has no value.
+
+    The text of the traceback shows what was raised there, and there again, down to the first.
+
+    Attributes:
+        needs: what it needed that failed, and what that one needed, and so on, such as ("clean[3]", "load[3]").
+        reason: why the last of them has no value.
+    """
+
+    def __init__(self, message: str, *, needs: tuple[str, ...] = (), reason: str = "", **facts: Any) -> None:
+        super().__init__(message, **facts)
+        self.needs = needs
+        self.reason = reason
 
 
 class Crash(NamedTuple):

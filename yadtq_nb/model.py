@@ -7,7 +7,7 @@ import random
 import secrets
 import time
 from array import array
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 import msgspec
 
@@ -109,6 +109,21 @@ class Policy(msgspec.Struct, frozen=True, array_like=True):
         return whole * random.uniform(0.5, 1.0)  # no secret
 
 
+#: Stands for all tasks of a job or chunk, where a count, an index or an offset is expected.
+WHOLE: Final = -1
+
+
+class Need(msgspec.Struct, frozen=True, array_like=True):
+    """Tasks whose values are arguments of others, which wait for them."""
+
+    #: Id of their job.
+    job: str
+    #: Index of the first.
+    first: int
+    #: How many, or WHOLE.
+    count: int
+
+
 class ChunkHead(msgspec.Struct, frozen=True, array_like=True):
     """All that a node needs to know of a chunk; the pickles behind it are opened by slots only."""
 
@@ -141,6 +156,8 @@ class ChunkHead(msgspec.Struct, frozen=True, array_like=True):
     policy: Policy = Policy()
     #: 0 for a job that was not sent by a task, else one more than that of the task's own job.
     depth: int = 0
+    #: What its function and its items need of other jobs: it waits until all of that has its outcome.
+    needs: tuple[Need, ...] = ()
 
     @property
     def id(self) -> str:
@@ -327,10 +344,6 @@ class Retry(msgspec.Struct, frozen=True, array_like=True):
     delay: float
     #: What it raised, in a line.
     note: str
-
-
-#: Stands for an offset where a slot has died over a chunk before it was known which of its tasks is to blame.
-WHOLE: int = -1
 
 
 class Lease(msgspec.Struct, frozen=True):

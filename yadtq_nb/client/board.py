@@ -15,18 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from typing import Any, Final
 
-import msgspec
-
-from yadtq_nb import codec, errors
-from yadtq_nb.errors import (
-    FormatError,
-    JobCancelledError,
-    JobError,
-    RemoteTraceback,
-    ResultPickleError,
-    TaskCrashedError,
-    TaskError,
-)
+from yadtq_nb import codec
+from yadtq_nb.errors import FormatError, JobCancelledError, JobError, ResultPickleError
 from yadtq_nb.model import STATE_OF_CODE, ErrorInfo, Segment, State
 from yadtq_nb.salvage import Unreadable
 from yadtq_nb.workbench.jobs import Stored
@@ -501,42 +491,11 @@ def cancelled(index: int) -> CancelledError:
     return CancelledError(f"task {index} was cancelled")
 
 
-def revive(info: ErrorInfo | None, index: int) -> BaseException:
-    """Bring a task's exception back as itself, with the remote traceback as its cause.
-
-    One that cannot be pickled and unpickled comes as a TaskError with its type, message and traceback.
-    """
-    if info is None:
-        return TaskError(f"task {index} has no outcome: it was cancelled or lost", index=index)
-    error: BaseException | None = None
-    if info.pickled:
-        try:
-            error = codec.loads_home(info.pickled)
-        except Exception as exc:  # whatever the user's exception does when it is unpickled
-            return _stand_in(info, index, f" (it cannot be unpickled here: {type(exc).__name__}: {exc})")
-    # A SystemExit, KeyboardInterrupt or CancelledError of a task would end the notebook's own work.
-    if not isinstance(error, Exception):
-        return _stand_in(info, index, "")
-    if info.traceback:
-        error.__cause__ = RemoteTraceback(info.traceback)
-    return error
-
-
-def _stand_in(info: ErrorInfo, index: int, why: str) -> TaskError:
-    cls: type[TaskError] = getattr(errors, info.ours, TaskError)
-    message = info.message if info.ours != "TaskError" else f"{info.type_name}: {info.message}{why}"
-    facts = msgspec.structs.asdict(info.crashed) if info.crashed is not None and cls is TaskCrashedError else {}
-    error = cls(message, index=index, type_name=info.type_name, remote_traceback=info.traceback, **facts)
-    if info.traceback:
-        error.__cause__ = RemoteTraceback(info.traceback)
-    return error
-
-
 def _settle(future: Future[Any], index: int, value: Any) -> None:
     if future.done():
         return
     if isinstance(value, Failure):
-        _fail(future, cancelled(index) if value.cancelled else revive(value.info, index))
+        _fail(future, cancelled(index) if value.cancelled else codec.revive(value.info, index))
     else:
         with contextlib.suppress(InvalidStateError):
             future.set_result(value)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from yadtq_nb import lending
+from yadtq_nb import lending, needs
 from yadtq_nb.errors import JobInterrupt
 from yadtq_nb.model import State
 
@@ -30,8 +30,11 @@ def waiting(job: str) -> Iterator[None]:
 
 
 class _Owner(Protocol):
+    id: str
     name: str
 
+    @property
+    def link(self) -> object: ...
     def want(self) -> None: ...
     def task_state(self, index: int) -> State: ...
     def cancel_tasks(self, indices: Iterable[int]) -> list[int]: ...
@@ -39,6 +42,8 @@ class _Owner(Protocol):
 
 class TaskFuture(Future[Any]):
     """The future of one task. concurrent.futures.wait and as_completed take it, and so does asyncio.wrap_future.
+
+    As an argument of map, starmap or submit it is awaited on the queue, and passed by value.
 
     Attributes:
         job: the job it belongs to.
@@ -79,6 +84,9 @@ class TaskFuture(Future[Any]):
         if self.cancelled():
             return True
         return not self.done() and bool(self.job.cancel_tasks([self.index]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return needs.meet(self.job.link, self.job.id, self.index, self.job.name)
 
     def __repr__(self) -> str:
         return f"<TaskFuture {self.key} {self.state}>"

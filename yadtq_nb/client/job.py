@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterat
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, overload
 
-from yadtq_nb import codec
-from yadtq_nb.client.board import Board, Failure, Outcomes, cancelled, revive
+from yadtq_nb import codec, needs
+from yadtq_nb.client.board import Board, Failure, Outcomes, cancelled
 from yadtq_nb.client.future import TaskFuture, waiting
 from yadtq_nb.client.inbox import PATIENCE, Inbox, job_state
 from yadtq_nb.errors import (
@@ -23,7 +23,7 @@ from yadtq_nb.errors import (
     QueueClosedError,
     YadtqError,
 )
-from yadtq_nb.model import BrokenItem, CallStyle, JobState, Progress, State, WorkerView
+from yadtq_nb.model import WHOLE, BrokenItem, CallStyle, JobState, Progress, State, WorkerView
 from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobRecord, JobStore
 
@@ -62,6 +62,9 @@ class Job(Sequence[Future[Any]]):
 
     The job belongs to the queue, not to this process: another one finds it by queue.job(name).
 
+    As an argument of a task it is awaited on the queue, and passed as the list that results() gives; mapped over, each
+    item is one of its values, as soon as that is there.
+
     Attributes:
         id: what the queue knows it by.
         name: what people know it by.
@@ -89,6 +92,8 @@ class Job(Sequence[Future[Any]]):
         self._parameters = parameters
         self._live: LiveCard | None = None
         self._errors: list[str] = []
+        #: Id -> name of the jobs whose values were arguments.
+        self._names: dict[str, str] = {}
         self._pid = os.getpid()
 
     # A sequence of futures.
@@ -143,6 +148,24 @@ class Job(Sequence[Future[Any]]):
     def _future(self, index: int) -> Future[Any]:
         self.want()
         return self._board.future(index, lambda index: TaskFuture(self, index))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return needs.meet(self._link, self.id, WHOLE, self.name)
+
+    @property
+    def link(self) -> Link:
+        """The client of its queue."""
+        return self._link
+
+    def later(self) -> Iterable[needs.Later]:
+        """Return what stands for the value of each task, without asking for any here: a list, if their number is known.
+
+        Otherwise an iterator: the items are those that there will be.
+        """
+        total = self._known_total()
+        if total is None:
+            return (needs.Later(self._link, self.id, index, self.name) for index, _ in enumerate(self))
+        return [needs.Later(self._link, self.id, index, self.name) for index in range(total)]
 
     def __bool__(self) -> bool:
         return True
@@ -205,7 +228,7 @@ class Job(Sequence[Future[Any]]):
         ended = self._board.failure
         if failure.cancelled:
             return cancelled(index)
-        return ended if failure.info is None and ended is not None else revive(failure.info, index)
+        return ended if failure.info is None and ended is not None else codec.revive(failure.info, index)
 
     def _highest(self) -> int:
         return max((max(outcomes.indices(), default=-1) for outcomes in self._board.segments()), default=-1) + 1
@@ -401,11 +424,19 @@ class Job(Sequence[Future[Any]]):
                 sealed = self._link.store.blob(f"{head.job}-{head.number}")
                 arguments = codec.unseal(self._link.key, codec.ARGUMENTS, sealed) if sealed else memoryview(b"")
             try:
-                found = codec.loads_home(arguments) if len(arguments) else None
+                with needs.supplying(self._shown):
+                    found = codec.loads_home(arguments) if len(arguments) else None
             except Exception:  # whatever the user's objects do when they are unpickled here
                 found = None
             items += found or [BrokenItem(head.first + offset, "") for offset in range(head.count)]
         return items
+
+    def _shown(self, job: str, index: int) -> needs.Later:
+        """Return what stands in a table for a future or job that was an argument."""
+        if job not in self._names:
+            record = self._link.store.record(job)
+            self._names[job] = record.name if record is not None else job
+        return needs.Later(self._link, job, index, self._names[job])
 
     # How it looks.
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import msgspec
 
-from yadtq_nb import codec, lending, pending
+from yadtq_nb import codec, lending, needs, pending
 from yadtq_nb.backlog.publish import Publisher
 from yadtq_nb.backlog.reader import replay_tasks
 from yadtq_nb.client.board import Board
@@ -52,7 +52,7 @@ class Link:
         self.inbox = Inbox(config, queue)
         self._publishers: dict[Lane, Publisher] = {}
         self._lock = threading.Lock()
-        self.mailer = Mailer(config, self.store, self.publisher)
+        self.mailer = Mailer(config, self.store, self.publisher, is_ours=self.is_ours)
         self._senders: list[Sender] = []
         self._pid = os.getpid()
         pending.add(self)
@@ -80,12 +80,20 @@ class Link:
 
         Raises:
             TypeError: the function cannot be pickled.
+            ValueError: it holds too many futures.
+            JobError: it holds a future or job of another queue.
         """
         try:
             types = (options.retry_types,) if options.retries else ()
-            function = b"".join(codec.dumps((fn, kwargs, *types)))
+            with needs.collecting(self.is_ours) as met:
+                function = b"".join(codec.dumps((fn, kwargs, *types)))
+        except JobError:
+            raise
         except Exception as exc:  # whatever the user's closure does when it is pickled
             raise TypeError(f"{function_name(fn)} cannot be sent to workers: {type(exc).__name__}: {exc}") from exc
+        needed = met.needs()
+        if len(needed) > needs.MOST:
+            raise ValueError(f"{function_name(fn)} cannot be sent to workers: {needs.too_many(len(needed))}")
         job, name = new_id(), options.name
         packet = Packet(
             job=job,
@@ -103,11 +111,35 @@ class Link:
             policy=options.policy(self.store.now),
             lane=options.lane,
             depth=lending.depth + 1 if lending.in_slot() else 0,
+            needs=needed,
         )
         self.publisher(packet.lane)
         if packet.by_blob:
             self.mailer.keep_blob(codec.FUNCTION, packet.function_id, function)
         return packet
+
+    def is_ours(self, other: object) -> bool:
+        """Tell whether the client of some job belongs to this queue, on these servers."""
+        if other is self:
+            return True
+        if not isinstance(other, Link) or (other.queue, other.key) != (self.queue, self.key):
+            return False
+        # One server may have several addresses.
+        return other._config.redis == self._config.redis or other.store.run_id() == self.store.run_id()
+
+    def check(self, *arguments: object) -> None:
+        """Find a future or job of another queue among arguments before anything of them is sent.
+
+        Raises:
+            JobError: there is one.
+        """
+        try:
+            with needs.collecting(self.is_ours):
+                codec.dumps(arguments)
+        except JobError:
+            raise
+        except Exception:  # as the task will say
+            return
 
     def claim(self, packet: Packet, total: int | None) -> Packet:
         """Make the job known to the queue, under its name; a name that was made up is changed when it is taken.

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, Final, Unpack
 from yadtq_nb import codec
 from yadtq_nb import config as configuration
 from yadtq_nb.client import options
+from yadtq_nb.client.future import TaskFuture
 from yadtq_nb.client.inbox import PATIENCE
 from yadtq_nb.client.job import Job
 from yadtq_nb.client.options import ChunkSize, ErrorTypes, Given, JobOptions, Seconds
 from yadtq_nb.config import Config
 from yadtq_nb.errors import ConfigError, JobNotFoundError, WorkbenchError
 from yadtq_nb.model import CallStyle, Environment, Priority
+from yadtq_nb.needs import Later
 from yadtq_nb.workbench.connection import patiently
 
 if TYPE_CHECKING:
@@ -108,9 +110,12 @@ class Queue:
         Args:
             fn: a function, a coroutine function, or anything that can be called.
             iterables: as for the builtin map: the shortest one ends it. Sized ones are sent whole; an iterator is
-                drawn as fast as its tasks are done.
+                drawn as fast as its tasks are done. A future or job of this queue, anywhere in an item, is awaited
+                on the queue, without a slot held meanwhile, and passed by value: of a job the list of its results. A
+                job as an iterable gives its values one by one, so that the new tasks begin before it ends. Where it
+                failed or was cancelled, the task fails with DependencyError.
             name: of the job; made from fn's name when not given.
-            kwargs: keyword arguments that are the same for every call.
+            kwargs: keyword arguments that are the same for every call; futures and jobs as above.
             chunksize: tasks that travel together, at most 2,000; measured by default.
             retries: how often a task that raises is tried again, it alone; no slot waits meanwhile. The last error
                 is the task's, with the earlier ones as its notes.
@@ -130,6 +135,7 @@ class Queue:
 
         Raises:
             JobExistsError: the name is taken.
+            JobError: a future or job belongs to another queue.
             TypeError, ValueError: an option is not what it must be.
             WorkbenchError, BacklogError: Redis or Kafka cannot be reached.
         """
@@ -148,6 +154,7 @@ class Queue:
             deadline=deadline,
             priority=priority,
         )
+        iterables = tuple(self._values_of(iterable) for iterable in iterables)
         items = iterables[0] if len(iterables) == 1 else _zipped(iterables)
         return self._send(fn, items, "item" if len(iterables) == 1 else "star", kwargs, checked)
 
@@ -161,12 +168,16 @@ class Queue:
         **given: Unpack[Given],
     ) -> Job:
         """Call fn(*item) for each item, on the workers. Returns at once; see map, also for the options."""
-        return self._send(fn, iterable, "star", kwargs, options.check(**given))
+        return self._send(fn, self._values_of(iterable), "star", kwargs, options.check(**given))
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Call fn(*args, **kwargs) on a worker. Returns its future at once.
 
-        Everything is passed to fn; options go through queue.options(name=..., retries=...).submit(fn, ...).
+        Everything is passed to fn; options go through queue.options(name=..., retries=...).submit(fn, ...). A future
+        or job of this queue among the arguments is awaited on the queue, and passed by value; see map.
+
+        Raises:
+            JobError: a future or job belongs to another queue.
         """
         return self._submit(fn, args, kwargs, options.defaults())
 
@@ -185,6 +196,7 @@ class Queue:
         packet = link.packet(fn, {}, "call", _environment(fn, link), chosen)
         if not packet.named and not packet.deadline:
             return link.post_one(packet, (args, kwargs))[0]
+        link.check(args, kwargs)
         return self._post(link, packet, [(args, kwargs)], 1, 1)[0]
 
     def _send(
@@ -202,8 +214,17 @@ class Queue:
         items = list(iterable) if isinstance(iterable, Sized) else iter(iterable)
         total = len(items) if isinstance(items, list) else None
         link = self._link()
+        if isinstance(items, list) and not _BY_VALUE.isdisjoint(map(type, items)):
+            link.check(*(item for item in items if type(item) in _BY_VALUE))
         packet = link.packet(fn, kwargs or {}, style, _environment(fn, link, items), chosen)
         return self._post(link, packet, items, total, chosen.chunksize)
+
+    def _values_of(self, iterable: Iterable[Any]) -> Iterable[Any]:
+        """Return what is to be mapped over: a job stands for its values."""
+        if not isinstance(iterable, Job):
+            return iterable
+        self._link().check(iterable)
+        return iterable.later()
 
     def _post(
         self, link: Link, packet: Packet, items: list[Any] | Iterator[Any], total: int | None, chunksize: int | None
@@ -353,6 +374,8 @@ class Options:
         return self._queue._submit(fn, args, kwargs, options.check(**self._given))
 
 
+#: What is awaited where it is an argument.
+_BY_VALUE: Final = frozenset((TaskFuture, Later, Job))
 _NAME_CHARACTERS: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
 

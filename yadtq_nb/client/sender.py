@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import msgspec
 
-from yadtq_nb import codec, journal
+from yadtq_nb import codec, journal, needs
 from yadtq_nb.backlog.publish import MAX_RECORD, Publisher
 from yadtq_nb.client import planner
 from yadtq_nb.client.board import Board
@@ -32,7 +32,7 @@ from yadtq_nb.errors import (
     WorkbenchError,
     YadtqError,
 )
-from yadtq_nb.model import BrokenItem, CallStyle, Cancel, ChunkHead, Environment, Lane, Manifest, Policy, Seal
+from yadtq_nb.model import BrokenItem, CallStyle, Cancel, ChunkHead, Environment, Lane, Manifest, Need, Policy, Seal
 from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobStore
 
@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 #: Functions up to this size travel in every chunk, larger ones once; in bytes.
 _INLINE_FUNCTION: Final = 16 * 1024
+#: Bytes that a need has in a chunk's head, at most.
+_NEED: Final = 40
 #: Seconds after which feeders are rung for again: less than they stay awake.
 _RING_AGAIN: Final = 0.4
 #: Seconds for which a function or source tree that was put in place is taken to be there.
@@ -74,6 +76,8 @@ class Packet(msgspec.Struct, frozen=True):
     deadline: float = 0.0
     lane: Lane = "normal"
     depth: int = 0
+    #: What the function and its fixed keyword arguments need of other jobs.
+    needs: tuple[Need, ...] = ()
 
     def manifest(self, total: int | None, client: str) -> Manifest:
         """Return what the queue is told before the first chunk."""
@@ -90,8 +94,17 @@ class Packet(msgspec.Struct, frozen=True):
             lane=self.lane,
         )
 
-    def head(self, number: int, first: int, count: int, *, total: int = -1, by_reference: bool = False) -> ChunkHead:
-        """Return the head of one chunk."""
+    def head(
+        self,
+        number: int,
+        first: int,
+        count: int,
+        *,
+        total: int = -1,
+        by_reference: bool = False,
+        needs: tuple[Need, ...] = (),
+    ) -> ChunkHead:
+        """Return the head of one chunk; needs are those of its items."""
         return ChunkHead(
             job=self.job,
             number=number,
@@ -109,6 +122,7 @@ class Packet(msgspec.Struct, frozen=True):
             by_reference=by_reference,
             policy=self.policy,
             depth=self.depth,
+            needs=self.needs + needs,
         )
 
     @property
@@ -120,10 +134,19 @@ class Packet(msgspec.Struct, frozen=True):
 class Mailer:
     """Makes records of chunks and hands them to the publisher. Shared by all jobs of a queue's client."""
 
-    def __init__(self, config: Config, store: JobStore, publisher: Callable[[Lane], Publisher]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        store: JobStore,
+        publisher: Callable[[Lane], Publisher],
+        *,
+        is_ours: Callable[[object], bool],
+    ) -> None:
+        """Take the parts that are passed in; is_ours tells whether a job's client belongs to this queue."""
         self._config = config
         self._store = store
         self._publisher = publisher
+        self._is_ours = is_ours
         self._kept: dict[str, float] = {}
         self._rung_at = 0.0
 
@@ -160,17 +183,21 @@ class Mailer:
 
         Raises:
             TooLargeError: the only item of its job is larger than Redis takes; among others just its task fails.
+            JobError: the only item of its job holds a future of another queue; likewise.
             WorkbenchError, BacklogError: a server cannot be reached, or is full.
         """
-        arguments = _pickle_items(items, first)
+        arguments, needed = self._pickle_items(items, first, strict=total >= 0)
         size = sum(map(len, arguments))
-        if size > MAX_RECORD // 2 and len(items) > 1:
+        if (size > MAX_RECORD // 2 or len(needed) > needs.MOST) and len(items) > 1:
             half = len(items) // 2
             sent, _ = self.send(packet, number, first, items[:half], acknowledged)
             more, _ = self.send(packet, number + sent, first + half, items[half:], acknowledged)
             return sent + more, size
-        by_reference = size > MAX_RECORD - 2 * _INLINE_FUNCTION
-        head = packet.head(number, first, len(items), total=total, by_reference=by_reference)
+        if len(needed) > needs.MOST:
+            broken = BrokenItem(first, needs.too_many(len(needed)))
+            return self.send(packet, number, first, [broken], acknowledged, total=total)
+        by_reference = size > MAX_RECORD - 2 * _INLINE_FUNCTION - _NEED * (len(needed) + len(packet.needs))
+        head = packet.head(number, first, len(items), total=total, by_reference=by_reference, needs=needed)
         if by_reference:
             sealed = codec.seal(self._config.key, codec.ARGUMENTS, *arguments)
             try:
@@ -185,6 +212,30 @@ class Mailer:
         record = codec.encode_chunk(self._config.key, head, function, arguments)
         self._publisher(packet.lane).send_chunk(record, acknowledged)
         return 1, size
+
+    def _pickle_items(
+        self, items: Sequence[Any], first: int, *, strict: bool
+    ) -> tuple[list[codec.Buffer], tuple[Need, ...]]:
+        """Pickle items together; one that cannot be pickled is replaced by what its task will fail with.
+
+        Returns:
+            The pickle, and the tasks of other jobs whose values the items need.
+
+        Raises:
+            JobError: when strict, for a future of another queue.
+        """
+        try:
+            return self._pickle(list(items))
+        except Exception as exc:  # whatever the user's objects do when they are pickled
+            if strict and isinstance(exc, JobError):
+                raise
+            with needs.collecting(self._is_ours):
+                checked = [_checked(item, first + n) for n, item in enumerate(items)]
+            return self._pickle(checked)
+
+    def _pickle(self, items: list[Any]) -> tuple[list[codec.Buffer], tuple[Need, ...]]:
+        with needs.collecting(self._is_ours) as met:
+            return codec.dumps(items), met.needs()
 
     def send_entry(self, entry: Manifest | Seal | Cancel) -> None:
         """Write an entry to the jobs topic."""
@@ -408,14 +459,6 @@ class Sender:
             raise BacklogError("Kafka has not taken the end of the job in time; is the broker up?")
         patiently(lambda: self._store.seal(seal), _PATIENCE)
         patiently(lambda: self._store.stop_sending(self._packet.job), _PATIENCE)
-
-
-def _pickle_items(items: Sequence[Any], first: int) -> list[codec.Buffer]:
-    """Pickle items together; one that cannot be pickled is replaced by what its task will fail with."""
-    try:
-        return codec.dumps(list(items))
-    except Exception:  # whatever the user's objects do when they are pickled
-        return codec.dumps([_checked(item, first + n) for n, item in enumerate(items)])
 
 
 def _checked(item: Any, index: int) -> Any:

@@ -202,6 +202,7 @@ class SlotPool:
         function_path: Path | None = None,
         tree_path: Path | None = None,
         arguments_path: Path | None = None,
+        needs_path: Path | None = None,
         skip: frozenset[int] = frozenset(),
         fresh: bool = False,
         describe: int | None = None,
@@ -212,6 +213,7 @@ class SlotPool:
             function_path: sealed blob of the function, when it does not travel in the record.
             tree_path: sealed blob of the source tree that the chunk's environment names.
             arguments_path: sealed blob of the arguments, when they do not travel in the record.
+            needs_path: outcomes of other jobs that its arguments need.
             skip: offsets that are not to be run, besides those that are done.
             fresh: only in a slot in which nothing has run.
             describe: run nothing, but tell what the item at this offset looks like, within some seconds: poll then
@@ -234,6 +236,7 @@ class SlotPool:
             describe=-1 if describe is None else describe,
             careful=WHOLE in lease.crashes,
             poison=tuple(skipped.intersection(lease.crashes)),
+            needs=str(needs_path or ""),
         )
         with self._lock:
             self._reserved -= 1

@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
 import msgspec
 
-from yadtq_nb import codec, errors, lending, pending, source
+from yadtq_nb import codec, errors, lending, needs, pending, source
 from yadtq_nb.model import BrokenItem, ChunkHead, Environment
 from yadtq_nb.salvage import Unreadable
 from yadtq_nb.slots import hints, processes, running, wire
 from yadtq_nb.slots.outcomes import Outcomes, info
 from yadtq_nb.slots.show import shown
+from yadtq_nb.slots.supply import Supplies, named
 from yadtq_nb.slots.wire import Order, Report, Setup
 
 if TYPE_CHECKING:
@@ -133,8 +134,12 @@ class Slot:
         if not 0 <= head.function_size <= len(function):
             raise errors.FormatError(f"chunk {head.id} is cut short within its function: send it again")
         self._enter(head.environment, order.tree)
-        with _explained(head):
-            call = self._function(head, function, order.function)
+        supplies = Supplies(self._setup.secret, order.needs)
+        with _explained(head), needs.supplying(supplies.value):
+            try:
+                call = self._function(head, function, order.function)
+            except errors.DependencyError as exc:
+                raise named(exc, f"a task of {head.job_name}") from exc.__cause__
             if head.by_reference:
                 arguments = self._blob(codec.ARGUMENTS, order.arguments)
             items = self._items(arguments, head, order)
@@ -150,15 +155,12 @@ class Slot:
         else:
             try:
                 return codec.loads(arguments)  # type: ignore[no-any-return]
-            except Exception:  # whatever the user's objects do when they are unpickled
-                if head.count == 1:
+            except Exception as exc:  # whatever the user's objects do when they are unpickled
+                if head.count == 1 and not isinstance(exc, errors.DependencyError):
                     raise
                 items = codec.loads_each(arguments)
         return [
-            BrokenItem(head.first + offset, "", info=info(item.error, head.environment))
-            if type(item) is Unreadable
-            else item
-            for offset, item in enumerate(items)
+            _broken(head, offset, item.error) if type(item) is Unreadable else item for offset, item in enumerate(items)
         ]
 
     def _tell_reading(self, offset: int) -> None:
@@ -327,6 +329,14 @@ def _end_with(leash: int) -> NoReturn:
     os.read(leash, 1)
     processes.kill(os.getpid(), group=True)
     os._exit(1)
+
+
+def _broken(head: ChunkHead, offset: int, error: Exception) -> BrokenItem:
+    """Return what stands for an item that cannot be read."""
+    index = head.first + offset
+    if isinstance(error, errors.DependencyError):
+        error = named(error, f"{head.job_name}[{index}]", index)
+    return BrokenItem(index, "", info=info(error, head.environment))
 
 
 def _load_function(data: codec.Buffer, environment: Environment) -> _Loaded:

@@ -73,6 +73,25 @@ class Order(msgspec.Struct, frozen=True, array_like=True):
     careful: bool = False
     #: Offsets of items that are not even to be read then.
     poison: tuple[int, ...] = ()
+    #: File with what it needs of other jobs, or "".
+    needs: str = ""
+
+
+class Supply(msgspec.Struct, frozen=True, array_like=True):
+    """What one job has for a chunk that needs some of its tasks. A file holds a list of these, one a job."""
+
+    job: str
+    name: str
+    #: False when the queue does not know the job.
+    known: bool = False
+    #: Its number of tasks, or -1 while it was not sent whole.
+    total: int = -1
+    #: Why it was ended before its time, or "".
+    cancel: str = ""
+    #: Indices of tasks that were cancelled one by one.
+    dropped: tuple[int, ...] = ()
+    #: Sealed segments, and for each the mask of the outcomes that count, or nothing.
+    segments: tuple[tuple[bytes, bytes], ...] = ()
 
 
 class Report(msgspec.Struct, frozen=True, array_like=True):

@@ -402,6 +402,7 @@ def _feed_entry(offset: int, head: ChunkHead) -> list[Any]:
         head.created,
         head.style,
         head.policy.start_after,
+        head.needs,
     ]
 
 

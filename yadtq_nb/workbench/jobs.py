@@ -74,6 +74,18 @@ class JobRecord(msgspec.Struct, frozen=True):
         return self.succeeded + self.failed + self.cancelled
 
 
+class JobFacts(msgspec.Struct, frozen=True):
+    """What those that need a job's values must know of it."""
+
+    name: str
+    #: -1 while it was not sent whole.
+    total: int
+    #: Why it was ended before its time, or "".
+    cancel: str
+    #: Tasks that were cancelled.
+    cancelled: int
+
+
 class News(msgspec.Struct, frozen=True):
     """One entry of the results stream."""
 
@@ -333,6 +345,36 @@ class JobStore:
         with self._redis.use() as client:
             return [name for name in _decoded(client.hkeys(self._key(job, "out"))) if not name.endswith("m")]
 
+    def spans(self, job: str) -> list[tuple[int, int, int]]:
+        """Return number, first index and count of the chunks that have reached the workbench."""
+        with self._redis.use() as client:
+            packed = client.get(self._key(job, "spans")) or b""
+        return list(_SPAN.iter_unpack(packed))
+
+    def outcomes_of(self, job: str, numbers: Sequence[int]) -> tuple[JobFacts | None, list[Stored]]:
+        """Return what is known of a job, or None, and the outcomes of some of its chunks, at one moment."""
+        # Two parts of each: most chunks have one, and so it is known at once that there is no more.
+        fields = [f"{number}.{part}" for number in numbers for part in range(2)]
+        masks = [f"{field}m" for field in fields]
+        with self._redis.use() as client:
+            pipe = client.pipeline(transaction=False)
+            pipe.hmget(self._key(job), "name", "total", "sealed", "ended", "cancel", "cancelled", "id")
+            if fields:
+                pipe.hmget(self._key(job, "out"), [*fields, *masks])
+            facts, *cells = pipe.execute()
+        frames = cells[0] if cells else []
+        found = [
+            Stored(field, frame, mask or b"")
+            for field, frame, mask in zip(fields, frames, frames[len(fields) :], strict=False)
+            if frame is not None
+        ]
+        left, part = [s.field.removesuffix(".1") for s in found if s.field.endswith(".1")], 2
+        while left:
+            more = list(self.outcomes(job, [f"{number}.{part}" for number in left]))
+            found += more
+            left, part = [stored.field.partition(".")[0] for stored in more], part + 1
+        return _facts(facts), found
+
     def inputs(self, job: str) -> Iterator[bytes]:
         """Yield the sealed records of a job's chunks, in order."""
         with self._redis.use() as client:
@@ -435,6 +477,13 @@ def _record(fields: dict[bytes, bytes], sending: bool, now: float, ttl: int) -> 
         lost=count(b"lost"),
         lane=msgspec.convert(fields.get(b"lane", b"normal").decode(), Lane),
     )
+
+
+def _facts(cells: list[bytes | None]) -> JobFacts | None:
+    name, total, sealed, ended, cancel, cancelled, id = (cell.decode() if cell is not None else "" for cell in cells)
+    if not id:
+        return None
+    return JobFacts(name or id, int(total or -1) if sealed == "1" or ended else -1, cancel, int(cancelled or 0))
 
 
 def _decoded(names: Iterable[Any]) -> list[str]:

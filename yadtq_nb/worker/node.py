@@ -46,6 +46,7 @@ from yadtq_nb.worker.blobs import BlobFiles
 from yadtq_nb.worker.deaths import Deaths, Part
 from yadtq_nb.worker.feeder import Feeder
 from yadtq_nb.worker.heart import Heart, Marks
+from yadtq_nb.worker.needs import NeedFiles
 from yadtq_nb.worker.restore import find_blob, restore_jobs
 
 log = logging.getLogger(__name__)
@@ -167,6 +168,7 @@ class Node:
         with contextlib.closing(JobStore(config, queue)) as store:
             store.check_secret()
         self._deaths = Deaths(config, self.id, self._bench, post=self._post, later=self._outbox.append)
+        self._needs = NeedFiles(self._directory / "needs", JobStore(config, queue))
         self._publisher = Publisher(config, queue)
         self._heart = Heart(
             config,
@@ -259,6 +261,7 @@ class Node:
         self._publisher.send_event("node stopped", node=self.id)
         self._publisher.close(1.0)
         self._bench.close()
+        self._needs.close()
         self._home.cleanup()
 
     # Taking and running.
@@ -332,11 +335,13 @@ class Node:
         function = None if head.function_size else path(head.function, workbench, codec.FUNCTION)
         tree = path(head.environment.tree, workbench, codec.TREE) if head.environment.tree else None
         arguments = path(_arguments(lease), workbench, codec.ARGUMENTS) if head.by_reference else None
+        needs = self._needs.path(lease) if head.needs else None
         self.pool.run(
             lease,
             function_path=function,
             tree_path=tree,
             arguments_path=arguments,
+            needs_path=needs,
             skip=skip,
             fresh=part is not None and part.fresh,
             describe=part.offsets[0] if part is not None and part.describe else None,
@@ -434,6 +439,8 @@ class Node:
             self._outbox.popleft()
 
     def _drop(self, lease: Lease) -> None:
+        if lease.head.needs:
+            self._needs.drop(lease)
         with self._leases_lock:
             # The same chunk may have come here again meanwhile, under a lease of its own.
             if self._leases.get(lease.head.id) is not lease:

@@ -33,7 +33,9 @@ end
 -- An open chunk: lane, job, number, first, count, weight (of the job's running counter), size (bytes), left, seq,
 -- done ('' or one '0'/'1' a task), owner, token, lapses, crashes (offset -> times), positions in Kafka; once a task was
 -- to be tried again: tries (offset -> times), due (offset -> when), notes (offset -> what it raised, attempt by attempt);
--- once some of its tasks were cancelled: dropped (their offsets). How its tasks have crashed lies in key('crashes').
+-- once some of its tasks were cancelled: dropped (their offsets); while it waits for tasks of other jobs: needs
+-- ({{job, first, count or -1}...}, what is not known to be there yet), waits (the job that it waits for now), stalled
+-- (since when nobody is there who would send what it waits for). How its tasks have crashed lies in key('crashes').
 local function read_chunk(id)
   local packed = redis.call('HGET', key('open'), id)
   return packed and cmsgpack.unpack(packed)
@@ -126,6 +128,133 @@ local function put_at_end(id, chunk)
   count_ready_bytes(chunk, 1)
 end
 
+-- A chunk that needs tasks of other jobs waits aside, for one chunk of them at a time. It is noted there, at the other
+-- job: in job:ID:waiters, by the number of the chunk that it waits for, by unfed(index) as long as that has not come, or
+-- by WHOLE for the end of the job. So nothing is asked again and again, and a job that nobody waits for pays nothing.
+local WHOLE = -1
+local function unfed(index)
+  return -2 - index
+end
+-- Every so many seconds it looks by itself: nobody tells it that what it needs will never be sent.
+local LOOK_AGAIN = 60
+
+-- A job of which single tasks are needed has its chunks in order, too: job:ID:places, by their first index.
+local function note_places(job, spans)
+  local places, at = job_key(job, 'places'), 1
+  while at < #spans do
+    local number, first, count
+    number, first, count, at = struct.unpack('<I4I4I4', spans, at)
+    redis.call('ZADD', places, first, number .. ':' .. first + count)
+  end
+  redis.call('EXPIRE', places, redis.call('TTL', job_key(job)))
+end
+
+-- The chunk of a job that has a task: its number, and the index after its last.
+local function chunk_with(job, index)
+  if redis.call('HSETNX', job_key(job), 'placed', 1) == 1 then
+    note_places(job, redis.call('GET', job_key(job, 'spans')) or '')
+  end
+  local found = redis.call('ZREVRANGEBYSCORE', job_key(job, 'places'), index, '-inf', 'LIMIT', 0, 1)[1]
+  local number, stop = (found or ''):match('^(%d+):(%d+)$')
+  if number and index < tonumber(stop) then
+    return tonumber(number), tonumber(stop)
+  end
+end
+
+-- What a need waits for: the number of a chunk, unfed(index) or WHOLE, and whether nobody is there who would send it; nil
+-- when it is met. What has ended without an outcome is met, too: the slot will say so. What is met is taken off.
+local function first_unmet(need, chunk)
+  local job = need[1]
+  local f = redis.call('HMGET', job_key(job), 'ended', 'sealed', 'id')
+  if f[1] or (job == chunk.job and need[3] < 0) then
+    return nil  -- whoever waits for the end of his own job would wait for ever
+  end
+  -- A chunk of a job that is not known yet may lie in Kafka, behind a full line.
+  local lonely = not f[3] and redis.call('EXISTS', key('full')) == 0
+    or f[3] and f[2] ~= '1' and redis.call('EXISTS', job_key(job, 'sending')) == 0
+  if need[3] < 0 then
+    return WHOLE, lonely
+  elseif not f[3] then
+    return unfed(need[2]), lonely
+  end
+  while need[3] > 0 do
+    local number, stop = chunk_with(job, need[2])
+    if not number then
+      return unfed(need[2]), lonely
+    end
+    local own = job == chunk.job and number == chunk.number
+    if not own and redis.call('GETBIT', job_key(job, 'finished'), number) == 0 then
+      return number, false
+    end
+    need[2], need[3] = stop, need[3] - (stop - need[2])
+  end
+end
+
+local function stop_waiting(id, chunk)
+  if chunk.waits then
+    redis.call('ZREM', job_key(chunk.waits, 'waiters'), id)
+    chunk.waits = nil
+  end
+end
+
+-- True when a chunk is put aside, since something that it needs has no outcome yet. The caller writes it down.
+local function waits_for_others(id, chunk, now)
+  stop_waiting(id, chunk)
+  while chunk.needs do
+    local need = table.remove(chunk.needs)
+    local where, lonely = first_unmet(need, chunk)
+    -- Given up when it was the same a while ago. Not when nobody has looked for longer: all nodes were away.
+    local given_up = lonely and chunk.stalled and now - chunk.stalled >= LOOK_AGAIN
+      and now - chunk.stalled < 2.1 * LOOK_AGAIN
+    if where and not given_up then
+      if not lonely then
+        chunk.stalled = nil
+      elseif not chunk.stalled or now - chunk.stalled >= LOOK_AGAIN then
+        chunk.stalled = now
+      end
+      chunk.needs[#chunk.needs + 1] = need
+      chunk.waits = need[1]
+      redis.call('ZADD', job_key(need[1], 'waiters'), where, id)
+      -- It is noted anew whenever the chunk looks by itself.
+      redis.call('EXPIRE', job_key(need[1], 'waiters'), 10 * LOOK_AGAIN)
+      wait_until(id, now + LOOK_AGAIN)
+      return true
+    end
+    if #chunk.needs == 0 then
+      chunk.needs, chunk.stalled = nil, nil
+    end
+  end
+  return false
+end
+
+-- Something of a job is there, or will never be: who waits for it looks again when the line is next looked at.
+local function tell_waiters(job, from, to)
+  local waiters = job_key(job, 'waiters')
+  local told = redis.call('ZRANGEBYSCORE', waiters, from, to)
+  if #told == 0 then
+    return
+  end
+  redis.call('ZREMRANGEBYSCORE', waiters, from, to)
+  local now = server_time()
+  for _, id in ipairs(told) do
+    redis.call('ZADD', key('delayed'), 'XX', now, id)
+  end
+  ring()
+end
+
+-- Chunks of a job have come: they are noted, for those who search them, and told to those who wait for them.
+local function tell_fed(job, spans)
+  if redis.call('HEXISTS', job_key(job), 'placed') == 1 then
+    note_places(job, spans)
+  end
+  local at = redis.call('EXISTS', job_key(job, 'waiters')) == 1 and 1 or #spans
+  while at < #spans do
+    local number, first, count
+    number, first, count, at = struct.unpack('<I4I4I4', spans, at)
+    tell_waiters(job, unfed(first + count - 1), unfed(first))
+  end
+end
+
 -- Back to the front of the line: it has waited already. One whose tasks all wait for their next attempt waits aside.
 local function put_back(id, chunk, now)
   revoke(id, chunk)
@@ -138,22 +267,34 @@ local function put_back(id, chunk, now)
   end
 end
 
--- What is due by now joins the line, in front.
+-- What is due by now joins the line, in front, unless it has to wait for something else. Returns how many have joined.
 local function wake_delayed(now)
   local woken = redis.call('ZRANGEBYSCORE', key('delayed'), '-inf', now, 'LIMIT', 0, 1000)
+  local joined = 0
   for i = #woken, 1, -1 do
     local id = woken[i]
     redis.call('ZREM', key('delayed'), id)
     local chunk = read_chunk(id)
     if chunk and not chunk.owner then
-      put_in_front(id, chunk)
+      local due = 0
+      if chunk.needs then
+        due = waits_for_others(id, chunk, now) and math.huge or due_at(chunk, now)
+        write_chunk(id, chunk)
+      end
+      if due == 0 then
+        put_in_front(id, chunk)
+        joined = joined + 1
+      elseif due < math.huge then
+        wait_until(id, due)
+      end
     end
   end
-  return #woken
+  return joined
 end
 
 -- Gone from the workbench: no record of it in Kafka holds up the commit any more.
 local function forget(id, chunk)
+  stop_waiting(id, chunk)
   redis.call('HDEL', key('open'), id)
   redis.call('ZREM', key('delayed'), id)
   for offset in pairs(chunk.crashes) do
@@ -171,7 +312,7 @@ end
 
 -- All keys of a job live for so many seconds from now.
 local function expire_job(job, seconds)
-  for _, part in ipairs({'in', 'out', 'finished', 'failed', 'dropped', 'spans'}) do
+  for _, part in ipairs({'in', 'out', 'finished', 'failed', 'dropped', 'spans', 'places'}) do
     redis.call('EXPIRE', job_key(job, part), seconds)
   end
   redis.call('EXPIRE', job_key(job), seconds)
@@ -180,6 +321,7 @@ end
 local function end_job(job, now, keep)
   local name = job_key(job)
   redis.call('HSET', name, 'ended', string.format('%.6f', now))
+  tell_waiters(job, '-inf', '+inf')
   expire_job(job, keep)
   redis.call('ZREM', key('deadlines'), job)
   redis.call('SREM', key('sealed'), job)
@@ -305,6 +447,7 @@ local function close_chunk(id, chunk, keep)
   forget(id, chunk)
   redis.call('SETBIT', job_key(chunk.job, 'finished'), chunk.number, 1)
   redis.call('EXPIRE', job_key(chunk.job, 'finished'), keep * 4)
+  tell_waiters(chunk.job, chunk.number, chunk.number)
 end
 
 -- The outcome of one task becomes that it was cancelled. True unless it has one already.

@@ -3,7 +3,7 @@
 -- Without it a chunk would be lost or doubled when a partition changes hands: a batch counts only if the cursor kept
 -- here equals the offset it was read from, neither behind nor ahead.
 -- ARGV: node, lease, free slots, most ready chunks (-1), most ready bytes (-1), keep, groups (packed), lane, then the records.
--- group: {partition, topic id, expected, next, {{job, number, first, count, weight, offset, job name, function, total, created, style, start after}...}}
+-- group: {partition, topic id, expected, next, {{job, number, first, count, weight, offset, job name, function, total, created, style, start after, needs}...}}
 local node, lease, free = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local most_chunks, most_bytes, keep = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local groups = cmsgpack.unpack(ARGV[7])
@@ -61,6 +61,7 @@ local function count_jobs()
       else
         redis.call('APPEND', job_key(id, 'spans'), job.spans)
       end
+      tell_fed(id, job.spans)
     end
   end
 end
@@ -90,6 +91,11 @@ local function add(id, c, job, position, data)
     for offset = 0, c[4] - 1 do
       chunk.due[tostring(offset)] = c[12]
     end
+  end
+  chunk.needs = c[13][1] and c[13]
+  if waits_for_others(id, chunk, now) then
+    write_chunk(id, chunk)
+  elseif chunk.due then
     write_chunk(id, chunk)
     wait_until(id, c[12])
     added = true
@@ -119,6 +125,7 @@ for g, group in ipairs(groups) do
   elseif (most_chunks >= 0 and redis.call('LLEN', lane_key('ready', lane)) >= most_chunks)
       or (most_bytes >= 0 and tonumber(redis.call('GET', lane_key('ready_bytes', lane)) or 0) >= most_bytes) then
     status = 'full'
+    redis.call('SET', key('full'), 1, 'EX', LOOK_AGAIN)
   end
   for _, c in ipairs(chunks) do
     record = record + 1
