@@ -216,7 +216,7 @@ class SlotPool:
         now = time.monotonic()
         if self._launcher is None and not self._stopped:
             timeout = min(timeout, self._restart_at - now)
-        elif any(slot.lease for slot in list(self._slots.values())):
+        elif any(slot.lease or slot.kill_at is not None for slot in list(self._slots.values())):
             timeout = min(timeout, _LOG_EVERY, self._look)  # what writes a log may write a lot
         ready = self._selector.select(max(0.0, timeout))
         for key, _ in ready:
