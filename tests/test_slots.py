@@ -295,6 +295,31 @@ def test_long_chunk_reports_what_it_has_while_a_task_runs(run: Run, tmp_path: Pa
     assert merge(run.ended(lease)) == {0: 0, 1: 1, 2: 2}
 
 
+def test_slot_that_ends_its_chunk_though_it_was_told_to_leave_is_replaced(run: Run) -> None:
+    def stubborn(_: int) -> int:
+        try:
+            time.sleep(30)
+        except SystemExit:
+            return 1
+        return 0
+
+    def is_quiet() -> bool:
+        began = time.monotonic()
+        run.pool.poll(2)
+        return time.monotonic() - began >= 2
+
+    run.until(is_quiet)  # the template has imported what it wants to
+    lease = make_lease(stubborn, [0])
+    run.start(lease)
+    run.until(lambda: run.pool.running()["job:0"][1] == 0)
+    run.pool.terminate("job:0", 0.3)
+    assert merge(run.ended(lease)) == {0: 1}
+    before, began = set(run.pool.pids()), time.monotonic()
+    while before <= set(run.pool.pids()):
+        run.pool.poll(20)  # as a node does that has nothing else to do
+    assert time.monotonic() - began < 10
+
+
 def test_coroutines_run_side_by_side_and_end_in_any_order(run: Run) -> None:
     async def nap(x: int) -> int:
         import asyncio

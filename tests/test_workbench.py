@@ -726,10 +726,10 @@ def test_chunk_waits_for_what_has_not_been_fed_yet_in_whatever_order_it_comes(be
     assert take(bench) == ["second:2"]
 
 
-def test_chunk_that_needs_several_jobs_waits_for_all_of_them(bench: Bench) -> None:
-    jobs = ("x", "y", "z")
+@pytest.mark.parametrize("jobs", ["xyz", "zyx"])
+def test_chunk_that_needs_several_jobs_waits_for_all_of_them(bench: Bench, jobs: str) -> None:
     leases = bench.feed(*(bench.head(0, job=job) for job in jobs), free=3)
-    bench.feed(needing(bench, *(Need(job, 0, 1) for job in jobs)))
+    bench.feed(needing(bench, *(Need(job, 0, 1) for job in "xyz")))
     for lease in leases:
         assert take(bench) == []
         assert len(keys(bench, "job:*:waiters")) == 1, "it is noted in one place at a time"

@@ -280,7 +280,7 @@ class SlotPool:
             timeout = min(timeout, self._restart_at - now)
         elif len(self._slots) > self._count:
             timeout = min(timeout, _LOG_EVERY, self._look)  # some are to be ended
-        elif any(slot.lease for slot in list(self._slots.values())):
+        elif any(slot.lease or slot.kill_at is not None for slot in list(self._slots.values())):
             timeout = min(timeout, _LOG_EVERY, self._look)  # what writes a log may write a lot
         ready = self._selector.select(max(0.0, timeout))
         for key, _ in ready:
