@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -16,16 +17,18 @@ import comm
 import nbformat
 import pytest
 from comm.base_comm import BaseComm
-from fake_job import FakeJob
+from fake_job import FakeJob, FakeQueue, group
 from nbclient import NotebookClient
 
 from yadtq_nb.errors import WorkbenchError
-from yadtq_nb.model import JobState, Progress
-from yadtq_nb.notebook import live
-from yadtq_nb.notebook.live import LiveCard, display_job
+from yadtq_nb.model import JobState, Progress, RunningTask
+from yadtq_nb.notebook import live, markup
+from yadtq_nb.notebook.card import parts
+from yadtq_nb.notebook.live import JobCard, display_job, display_queue
 from yadtq_nb.notebook.markup import as_html, styles
-from yadtq_nb.notebook.snapshot import has_ended, plain, snapshot
-from yadtq_nb.notebook.text import as_text
+from yadtq_nb.notebook.snapshot import has_ended, plain, plain_block, queue_snapshot, snapshot
+from yadtq_nb.notebook.text import as_text, queue_text
+from yadtq_nb.notebook.words import SEGMENTS
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 STATE = "application/vnd.jupyter.widget-state+json"
@@ -40,7 +43,10 @@ def test_snapshot_of_200_workers_is_small_and_shows_those_in_trouble() -> None:
     shown = snapshot(job)
     assert len(shown["workers"]) == 50
     assert shown["more_workers"] == {"count": 150, "slots": 300, "busy": 300}
-    assert len(json.dumps(shown)) < 6_000
+    assert shown["fleet"]["live"] == 200
+    assert len(json.dumps(parts(shown))) < 5_000
+    job.gone = {150}
+    assert [row["status"] for row in snapshot(job)["workers"]].count("lost") == 1
 
 
 def test_snapshot_knows_the_end_only_when_nothing_runs_any_more() -> None:
@@ -52,7 +58,8 @@ def test_snapshot_knows_the_end_only_when_nothing_runs_any_more() -> None:
 
 
 def test_text_says_state_counts_workers_and_errors() -> None:
-    job = FakeJob(errors=("ValueError: bad",))
+    job = FakeJob(errors=(group("ValueError", "bad"),))
+    job.slowest = (RunningTask(job.id, 7, 62.0),)
     job.step(succeeded=60, failed=1)
     text = as_text(snapshot(job))
     for part in (
@@ -65,8 +72,9 @@ def test_text_says_state_counts_workers_and_errors() -> None:
         "7.8 s to go",
     ):
         assert part in text
-    assert "node-000 w-000  2 of 2 slots busy  heartbeat 0 s ago" in text
-    assert "! ValueError: bad" in text
+    assert "node-000 w-000  2 of 2 slots busy  0 done · CPU 99 % · 123 MB  heartbeat 0 s ago" in text
+    assert "… task 7 · 1 min 02 s on w-000" in text
+    assert "! 1 × ValueError (cell, line 3): bad" in text
 
 
 def test_bar_shows_one_failure_among_a_million() -> None:
@@ -102,11 +110,15 @@ class _Elements(HTMLParser):
 
 
 def test_markup_in_names_and_errors_is_text() -> None:
-    found = _Elements(as_html(snapshot(FakeJob(name=HOSTILE, errors=("<script>alert(1)</script>",)))))
-    assert set(found.tags) == {"div", "span"}
-    assert found.attributes == {"style", "title", "role", "aria-label"}
-    assert "<img src=x onerror=alert(1)>" in found.text
-    assert "<script>alert(1)</script>" in found.text
+    script = "<script>alert(1)</script>"
+    job = FakeJob(name=HOSTILE, errors=(group(script, script, place=script, traceback=script),))
+    job.step(failed=1)
+    for form in (as_html(snapshot(job)), as_html(queue_snapshot(FakeQueue(job, name=HOSTILE)))):
+        found = _Elements(form)
+        assert set(found.tags) <= {"div", "span", "details", "summary", "pre"}
+        assert found.attributes <= {"style", "title", "role", "aria-label", "open"}
+        assert "<img src=x onerror=alert(1)>" in found.text
+    assert as_html(snapshot(job)).count("&lt;script&gt;") == 4
 
 
 def test_escape_sequences_and_signs_that_turn_the_writing_round_are_made_visible() -> None:
@@ -119,15 +131,22 @@ def test_escape_sequences_and_signs_that_turn_the_writing_round_are_made_visible
 
 def test_card_script_never_sets_markup() -> None:
     script = (Path(live.__file__).parent / "static" / "card.js").read_text()
+    assert "textContent" in script
     for danger in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
         assert danger not in script
 
 
 def test_static_form_has_the_style_of_every_class_that_it_uses() -> None:
-    job = FakeJob(workers=60, errors=("ValueError: bad",))
+    job = FakeJob(workers=60, errors=(group("ValueError", "bad"),))
     job.step(succeeded=50, failed=1)
     assert 'style="' in as_html(snapshot(job))
-    assert {"card", "bar", "segment", "fill-failed", "worker", "dot", "error", "note"} <= set(styles())
+    source = Path(markup.__file__).read_text()
+    used = {name for names in re.findall(r'_element\([^"\n]*"\w+", "([\w -]+)"', source) for name in names.split()}
+    assert len(used) > 20
+    # These only name what they are.
+    assert used - set(styles()) == {"number"}
+    for kind in [*SEGMENTS, *JobState, "live", "stopping"]:
+        assert f"fill-{kind}" in styles()
 
 
 def test_import_of_the_package_brings_no_widget_and_no_pandas() -> None:
@@ -178,7 +197,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Stage]:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("yadtq-card")]
 
 
-def _show(job: FakeJob) -> LiveCard:
+def _show(job: FakeJob) -> JobCard:
     card = display_job(job)
     assert card is not None
     return card
@@ -203,7 +222,7 @@ def test_only_changes_are_sent(stage: _Stage) -> None:
     # Nothing of this job's clocks moves either, so that a job at rest costs not one message.
     assert still == 0
     assert [shown["counts"]["succeeded"] for shown in stage.sent("snapshot")] == [1]
-    assert stage.sent("workers") == []
+    assert stage.sent("beats") == []
 
 
 def test_heartbeats_alone_are_sent_at_most_once_a_second(stage: _Stage) -> None:
@@ -213,8 +232,9 @@ def test_heartbeats_alone_are_sent_at_most_once_a_second(stage: _Stage) -> None:
         job.age += 0.1
         job.wait_for_looks(1)
     card.stop()
-    assert 1 <= len(stage.sent("workers")) <= 3
+    assert 1 <= len(stage.sent("beats")) <= 3
     assert stage.sent("snapshot") == []
+    assert stage.sent("roster") == []
 
 
 def test_end_is_sent_at_once_and_the_display_loses_its_widget(stage: _Stage) -> None:
@@ -368,7 +388,7 @@ def test_no_card_thread_and_no_widget_is_left_after_the_end() -> None:
         "from ipywidgets.widgets.widget import _instances\n"
         "print([t.name for t in threading.enumerate() if 'yadtq' in t.name], len(_instances))\n"
         "callbacks = [each for some in get_ipython().events.callbacks.values() for each in some]\n"
-        "print(sum('LiveCard' in str(each) for each in callbacks))"
+        "print(sum('Card' in str(each) for each in callbacks))"
     )
     notebook = _execute("job = FakeJob(); job", "job.step(succeeded=100); job.wait()\nNone", count)
     assert notebook.cells[3].outputs[0].text == "[] 0\n0\n"

@@ -290,6 +290,16 @@ class JobStore:
         """Return one job, or None when the queue does not know it (yet, or any more)."""
         return next(iter(self.records([job])), None)
 
+    def recent(self, seconds: float, limit: int) -> tuple[list[JobRecord], int]:
+        """Return the newest of the jobs that were made within so many seconds, and how many there are of these."""
+        with self._redis.use() as client:
+            now, _ = client.time()
+            pipe = client.pipeline(transaction=False)
+            pipe.zrevrangebyscore(self._redis.key("jobs"), "+inf", now - seconds, start=0, num=limit)
+            pipe.zcount(self._redis.key("jobs"), now - seconds, "+inf")
+            ids, count = pipe.execute()
+        return self.records(_decoded(ids)), int(count)
+
     def records(self, jobs: Iterable[str] | None = None) -> list[JobRecord]:
         """Return jobs, by default all, newest first."""
         with self._redis.use() as client:
@@ -320,10 +330,10 @@ class JobStore:
                 if frame is not None:
                     yield Stored(field, frame, mask or b"")
 
-    def first_failures(self, job: str) -> list[Stored]:
-        """Return the outcomes in which the first failures are."""
+    def first_failures(self, job: str, place: int, count: int) -> list[Stored]:
+        """Return some of the outcomes in which the first failures are: so many from that place on."""
         with self._redis.use() as client:
-            fields = _decoded(client.lrange(self._key(job, "failed"), 0, 2))
+            fields = _decoded(client.lrange(self._key(job, "failed"), place, place + count - 1))
         return list(self.outcomes(job, fields))
 
     def fields(self, job: str) -> list[str]:
