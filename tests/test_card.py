@@ -24,10 +24,10 @@ from yadtq_nb.errors import WorkbenchError
 from yadtq_nb.model import JobState, Progress, RunningTask
 from yadtq_nb.notebook import live, markup
 from yadtq_nb.notebook.card import parts
-from yadtq_nb.notebook.live import JobCard, display_job, display_queue
+from yadtq_nb.notebook.live import JobCard, display_job
 from yadtq_nb.notebook.markup import as_html, styles
-from yadtq_nb.notebook.snapshot import has_ended, plain, plain_block, queue_snapshot, snapshot
-from yadtq_nb.notebook.text import as_text, queue_text
+from yadtq_nb.notebook.snapshot import has_ended, plain, queue_snapshot, snapshot
+from yadtq_nb.notebook.text import as_text
 from yadtq_nb.notebook.words import SEGMENTS
 
 WIDGET = "application/vnd.jupyter.widget-view+json"

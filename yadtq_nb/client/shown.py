@@ -29,7 +29,8 @@ class FirstErrors:
     def __init__(self, store: JobStore, secret: bytes, job: str) -> None:
         self._store, self._secret, self._job = store, secret, job
         self._lock = threading.Lock()
-        self._fields: set[str] = set()
+        #: How many of the segments with failures were looked at.
+        self._place = 0
         self._groups: dict[tuple[str, str], ErrorGroup] = {}
         self._seen = 0
 
@@ -45,10 +46,10 @@ class FirstErrors:
         """
         with self._lock:
             if self._seen < failed:
-                for stored in self._store.first_failures(self._job, len(self._fields), segments):
-                    if stored.field not in self._fields:
-                        self._fields.add(stored.field)
-                        self._add(Outcomes(self._secret, self._job, stored))
+                looked, found = self._store.first_failures(self._job, self._place, segments)
+                self._place += looked
+                for stored in found:
+                    self._add(Outcomes(self._secret, self._job, stored))
             return sorted(self._groups.values(), key=lambda group: (-group.count, group.first)), self._seen
 
     def _add(self, outcomes: Outcomes) -> None:

@@ -12,7 +12,7 @@ import anywidget
 import traitlets
 
 from yadtq_nb.notebook.markup import STATIC, static_bundle
-from yadtq_nb.notebook.snapshot import ErrorRow, QueueSnapshot, Snapshot
+from yadtq_nb.notebook.snapshot import QueueSnapshot, Snapshot
 
 #: What of a worker changes rarely, and what changes with each heartbeat.
 _ROSTER: Final = ("id", "host", "slots", "status")

@@ -184,9 +184,9 @@ def _job_row(box: Element, row: JobRow) -> None:
     _element(who, "span", f"dot fill-{row['state']}")
     _element(who, "span", "host", row["name"]).set("title", f"job {row['id']}")
     _bar(_element(line, "span", "small-bar"), row["counts"], "small-segment")
-    _element(line, "span", "slots", words.headline(row["counts"]))
-    _element(line, "span", "load", row["state"])
-    _element(line, "span", "beat", words.job_age(row))
+    _element(line, "span", "done", words.headline(row["counts"]))
+    _element(line, "span", "job-state", row["state"])
+    _element(line, "span", "times", words.job_age(row))
 
 
 def _note(shown: Snapshot | QueueSnapshot, now: datetime) -> str:

@@ -20,8 +20,8 @@ MAX_QUEUE_WORKERS: Final = 250
 MAX_ERRORS: Final = 5
 MAX_RUNNING: Final = 5
 #: Segments with failures that are fetched at a look, so that it stays short; at the last look, all that are kept.
-_ERRORS_PER_LOOK: Final = 4
-_ERRORS_AT_END: Final = 32
+_ERRORS_PER_LOOK: Final = 8
+_ERRORS_AT_END: Final = 200
 _NAME_LENGTH: Final = 80
 _LINE_LENGTH: Final = 200
 #: Longest traceback on a card, in characters; what is left out is in its middle.

@@ -23,7 +23,7 @@ def as_text(shown: Snapshot) -> str:
         *([] if shown["ended"] else _worker_lines(shown)),
         *(f"… {words.running(row)} on {row['worker']}" for row in shown["running"][:1]),
         *(f"! {words.error_head(row)}: {row['message']}" for row in shown["errors"]),
-        f"  {words.errors_seen(shown)} failures" if words.errors_seen(shown) else "",
+        f"  {words.errors_seen(shown)}" if words.errors_seen(shown) else "",
         f"({way_out})" if way_out else "",
         f"({shown['note']})" if shown["note"] else "",
     ]

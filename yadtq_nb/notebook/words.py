@@ -127,7 +127,9 @@ def error_head(row: ErrorRow) -> str:
 def errors_seen(shown: Snapshot) -> str:
     """Say that the errors are not all there are, where that is so."""
     counted, failed = sum(row["count"] for row in shown["errors"]), shown["counts"]["failed"]
-    return "" if counted >= failed or not shown["errors"] else f"of the first {shown['errors_seen']:,} of {failed:,}"
+    if counted >= failed or not shown["errors"]:
+        return ""
+    return f"counted over the first {shown['errors_seen']:,} of {failed:,} failures"
 
 
 def way_out(shown: Snapshot) -> str:
@@ -143,5 +145,5 @@ def way_out(shown: Snapshot) -> str:
 
 
 def job_age(row: JobRow) -> str:
-    """Say when a job was made and how long it took, or has taken."""
-    return f"{duration(row['elapsed'])}, {age(row['age'])} ago"
+    """Say for how long a job has run, or how long it took and when it was made."""
+    return f"took {duration(row['elapsed'])}, {age(row['age'])} ago" if row["ended"] else f"for {age(row['age'])}"

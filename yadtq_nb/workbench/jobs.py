@@ -22,6 +22,9 @@ _SPAN: Final = struct.Struct("<III")
 _PAGE: Final = 100
 #: Bytes at the start of a sealed blob that hold its signature.
 _SIGNED: Final = 64
+#: Outcomes that are larger are not fetched for the sake of the errors in them, and how much is at once, in bytes.
+_LARGE: Final = 1024 * 1024
+_AT_ONCE: Final = 4 * 1024 * 1024
 #: Seconds after which a sender that has said nothing counts as gone.
 SENDER_LEASE: Final = 10.0
 _SAY_SENDING: Final = "#!lua flags=allow-oom\nreturn redis.call('SET', KEYS[1], 1, 'PX', ARGV[1])"
@@ -330,11 +333,28 @@ class JobStore:
                 if frame is not None:
                     yield Stored(field, frame, mask or b"")
 
-    def first_failures(self, job: str, place: int, count: int) -> list[Stored]:
-        """Return some of the outcomes in which the first failures are: so many from that place on."""
+    def first_failures(self, job: str, place: int, count: int) -> tuple[int, list[Stored]]:
+        """Return some of the outcomes in which the first failures are: so many from that place on.
+
+        Returns:
+            How many were looked at, and those of them that are there. Of large ones, which hold large results beside
+            their errors, fewer are looked at, or they are left out.
+        """
         with self._redis.use() as client:
             fields = _decoded(client.lrange(self._key(job, "failed"), place, place + count - 1))
-        return list(self.outcomes(job, fields))
+            pipe = client.pipeline(transaction=False)
+            for field in fields:
+                pipe.hstrlen(self._key(job, "out"), field)
+            sizes = pipe.execute()
+        looked, total, small = 0, 0, []
+        for field, size in zip(fields, sizes, strict=True):
+            total += size if size <= _LARGE else 0
+            if total > _AT_ONCE:
+                break
+            looked += 1
+            if size <= _LARGE:
+                small.append(field)
+        return looked, list(self.outcomes(job, small))
 
     def fields(self, job: str) -> list[str]:
         """Return the names of all outcomes that are there."""

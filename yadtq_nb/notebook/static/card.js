@@ -161,12 +161,12 @@ function errorHead(row) {
 /** @param {ErrorRow[]} rows @param {number} seen @param {number} failed */
 function errorsSeen(rows, seen, failed) {
   const counted = rows.reduce((sum, row) => sum + row.count, 0);
-  return counted >= failed || !rows.length ? "" : `of the first ${grouped(seen)} of ${grouped(failed)}`;
+  return counted >= failed || !rows.length ? "" : `counted over the first ${grouped(seen)} of ${grouped(failed)} failures`;
 }
 
 /** @param {JobRow} row @param {number} passed */
 function jobAge(row, passed) {
-  return `${duration(row.elapsed + (row.ended ? 0 : passed))}, ${age(row.age + passed)} ago`;
+  return row.ended ? `took ${duration(row.elapsed)}, ${age(row.age + passed)} ago` : `for ${age(row.age + passed)}`;
 }
 
 /**
@@ -259,6 +259,7 @@ class WorkersView {
   /** @param {Element} root */
   constructor(root) {
     const { panel, title } = makePanel(root, "workers", true);
+    this.panel = panel;
     this.title = title;
     this.box = makeList(make(panel, "div", "workers"), "workers");
     this.rows = new Rows(this.box, () => this.makeRow());
@@ -459,7 +460,7 @@ class JobView extends CardView {
     const type = make(title, "span", "type");
     const message = make(title, "span", "message");
     const first = make(line, "div", "line");
-    const traceback = make(line, "pre", "traceback");
+    const traceback = make(line, "div", "traceback");
     traceback.tabIndex = 0;
     return { line, type, message, first, traceback };
   }
@@ -488,6 +489,7 @@ class JobView extends CardView {
     setText(this.progress, headline(shown.counts));
     this.showBar(shown.counts);
     this.workers.show(this.model.get("roster"), this.model.get("beats"));
+    setShown(this.workers.panel, !shown.ended);
     this.showRunning(this.model.get("running"));
     this.showErrors(shown, this.model.get("errors"), this.model.get("tracebacks"));
     this.showActions(shown, this.model.get("answer"));
@@ -527,7 +529,9 @@ class JobView extends CardView {
       setText(view.first, `first in task ${grouped(row.first)}`);
       setText(view.traceback, tracebacks[row.key] || row.message);
     });
-    setText(this.errorNote, errorsSeen(rows, shown.errors_seen, shown.counts.failed));
+    // Counts come less often than failures: what is a little behind is not worth a word.
+    const behind = shown.errors_seen < 0.8 * shown.counts.failed;
+    setText(this.errorNote, behind ? errorsSeen(rows, shown.errors_seen, shown.counts.failed) : "");
   }
 
   /** @param {Shown} shown @param {Answer} answer */
@@ -598,9 +602,9 @@ class QueueView extends CardView {
     const bar = make(line, "span", "small-bar");
     bar.setAttribute("role", "img");
     const fills = makeSegments(bar, "small-segment");
-    const done = make(line, "span", "slots");
-    const state = make(line, "span", "load");
-    return { line, dot, name, bar, fills, done, state, times: make(line, "span", "beat") };
+    const done = make(line, "span", "done");
+    const state = make(line, "span", "job-state");
+    return { line, dot, name, bar, fills, done, state, times: make(line, "span", "times") };
   }
 
   update() {

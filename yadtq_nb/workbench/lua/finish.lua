@@ -77,7 +77,7 @@ end
 if failed > 0 then
   redis.call('HINCRBY', job_key(chunk.job), 'failed', failed)
   -- Where the first errors are, for who wants to see no more than these.
-  if redis.call('LLEN', job_key(chunk.job, 'failed')) < 32 then
+  if redis.call('LLEN', job_key(chunk.job, 'failed')) < 200 then
     redis.call('RPUSH', job_key(chunk.job, 'failed'), field)
     redis.call('EXPIRE', job_key(chunk.job, 'failed'), keep * 4)
   end
