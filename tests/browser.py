@@ -29,6 +29,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 PATIENCE = 60.0
 #: Said by JupyterLab itself or by the browser, whatever a page shows.
 NOT_OURS = ("favicon", "Autoplay", "WebGL", "GPU", "preload", "ServiceWorker", "service-worker", "subshell")
+_IDLE = "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
 
 
 def find_chromium() -> str | None:
@@ -155,9 +156,7 @@ class Page:
         """Load the page, or load it again, and wait until a kernel is there."""
         self.page.goto(self.url)
         self.page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-        self.page.wait_for_function(
-            "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
-        )
+        self.page.wait_for_function(_IDLE)
 
     def command(self, name: str) -> None:
         """Run a command of JupyterLab without waiting for its end."""
@@ -178,10 +177,10 @@ class Page:
 
     def restart(self) -> None:
         """Restart the kernel."""
-        self.page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
-        self.page.wait_for_function(
-            "() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'"
-        )
+        restart = "() => void window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()"
+        self.page.evaluate(restart)
+        self.page.wait_for_timeout(1000)
+        self.page.wait_for_function(_IDLE)
 
     def save(self) -> None:
         """Save the notebook."""

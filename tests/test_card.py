@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,12 +25,13 @@ from nbclient import NotebookClient
 
 from yadtq_nb.errors import WorkbenchError
 from yadtq_nb.model import JobState, Progress, RunningTask
-from yadtq_nb.notebook import live, markup
+from yadtq_nb.notebook import live, markup, words
 from yadtq_nb.notebook.card import parts
-from yadtq_nb.notebook.live import JobCard, display_job
+from yadtq_nb.notebook.follow import follow
+from yadtq_nb.notebook.live import JobCard, display_job, display_queue
 from yadtq_nb.notebook.markup import as_html, styles
-from yadtq_nb.notebook.snapshot import has_ended, plain, queue_snapshot, snapshot
-from yadtq_nb.notebook.text import as_text
+from yadtq_nb.notebook.snapshot import has_ended, plain, plain_block, queue_snapshot, snapshot
+from yadtq_nb.notebook.text import as_text, queue_text
 from yadtq_nb.notebook.words import SEGMENTS
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -162,10 +166,13 @@ class _RecordingComm(BaseComm):
 
     def __init__(self, **arguments: Any) -> None:
         self.sent: list[dict[str, Any]] = []
+        self.opened: dict[str, Any] = {}
         super().__init__(**arguments)
 
     def publish_msg(self, msg_type: str, data: Any = None, *_: Any, **__: Any) -> None:
-        if msg_type == "comm_msg":
+        if msg_type == "comm_open":
+            self.opened = data["state"]
+        elif msg_type == "comm_msg":
             self.sent.append(data["state"])
 
 
@@ -310,6 +317,199 @@ def test_card_says_when_the_job_cannot_be_read_and_recovers(stage: _Stage) -> No
     card._thread.join(5.0)
     assert stage.sent("snapshot")[-1]["note"] == ""
     assert stage.sent("snapshot")[-1]["ended"]
+
+
+# --- Buttons, errors, and the card of a queue -------------------------------------------------------------------------
+
+
+def _press(stage: _Stage, asked: str, number: int) -> dict[str, Any]:
+    stage.comms[-1].handle_msg(
+        {"content": {"data": {"method": "custom", "content": {"do": asked, "number": number}}}, "buffers": []}
+    )
+    until = time.monotonic() + 5.0
+    while not (answers := stage.sent("answer")) or answers[-1]["number"] < number:
+        assert time.monotonic() < until, "the card does not answer"
+        threading.Event().wait(0.02)
+    return answers[-1]
+
+
+def test_buttons_cancel_and_retry_and_their_answer_is_a_trait(stage: _Stage) -> None:
+    job = FakeJob()
+    job.step(failed=3)
+    card = _show(job)
+    assert _press(stage, "retry", 1) == {"number": 1, "text": "3 tasks will run again"}
+    assert _press(stage, "cancel", 2) == {"number": 2, "text": "100 tasks cancelled"}
+    card._thread.join(5.0)
+    assert job.asked == ["retry", "cancel"]
+
+
+def test_button_whose_deed_fails_says_why(stage: _Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cancel(self: FakeJob) -> int:
+        raise WorkbenchError("Redis does not answer")
+
+    monkeypatch.setattr(FakeJob, "cancel", cancel)
+    card = _show(FakeJob())
+    assert _press(stage, "cancel", 1)["text"] == "cancel failed: Redis does not answer"
+    assert _press(stage, "format the disk", 2)["text"] == ""
+    card.stop()
+
+
+def test_retry_is_offered_only_when_it_can_do_something(stage: _Stage) -> None:
+    job = FakeJob()
+    card = _show(job)
+    job.retryable = 5
+    job.wait_for_looks(2)
+    card.stop()
+    assert [shown["retryable"] for shown in stage.sent("snapshot")] == [5]
+
+
+def test_failing_task_never_stops_the_card(stage: _Stage) -> None:
+    job = FakeJob()
+    card = _show(job)
+    job.errors = (group("ValueError", "bad", 5),)
+    job.step(failed=5)
+    job.wait_for_looks(2)
+    job.step(succeeded=95)
+    card._thread.join(5.0)
+    assert stage.sent("snapshot")[-1]["counts"]["succeeded"] == 95
+    assert stage.sent("errors")[-1][0]["count"] == 5
+
+
+def test_traceback_is_sent_once_and_counts_alone_after_it(stage: _Stage) -> None:
+    job = FakeJob(errors=(group("ValueError", "bad", traceback="x" * 5_000),))
+    job.step(failed=1)
+    card = _show(job)
+    for count in range(2, 6):
+        job.errors = (group("ValueError", "bad", count, traceback="x" * 5_000),)
+        job.step(failed=1)
+        job.wait_for_looks(2)
+    card.stop()
+    assert stage.sent("errors")
+    assert stage.sent("tracebacks") == []
+    (traceback,) = stage.comms[-1].opened["tracebacks"].values()
+    assert len(traceback) < 3_100
+
+
+def test_worker_that_is_lost_is_sent_at_once(stage: _Stage) -> None:
+    job = FakeJob()
+    card = _show(job)
+    job.gone = {1}
+    job.wait_for_looks(2)
+    card.stop()
+    assert [row[3] for row in stage.sent("roster")[-1]] == ["live", "lost"]
+    assert len(stage.sent("beats")[-1]["rows"]) == 2
+
+
+def test_widget_of_a_page_that_was_loaded_again_is_not_closed_at_the_end(stage: _Stage) -> None:
+    job = FakeJob()
+    card = _show(job)
+    for _ in range(2):
+        seen = {"method": "custom", "content": {"do": "seen", "first": True}}
+        stage.comms[-1].handle_msg({"content": {"data": seen}, "buffers": []})
+    job.step(succeeded=100)
+    card._thread.join(5.0)
+    card._cell_ends()
+    assert card._card.comm is not None
+    card._card.close()
+
+
+def test_queue_is_one_bundle_and_goes_on_until_it_is_quiet(stage: _Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "QUEUE_INTERVAL", 0.05)
+    monkeypatch.setattr(live, "QUIET", 0.3)
+    job = FakeJob()
+    card = display_queue(FakeQueue(job))
+    assert card is not None
+    ((_, _, data),) = stage.displays
+    assert set(data) == {WIDGET, "text/html", "text/plain"}
+    threading.Event().wait(0.6)
+    assert card.is_alive()
+    job.step(succeeded=100)
+    card._thread.join(5.0)
+    assert not card._thread.is_alive()
+    _, update, data = stage.displays[-1]
+    assert update
+    assert set(data) == {"text/html", "text/plain"}
+    assert stage.sent("jobs")[-1][0]["state"] == "succeeded"
+
+
+def test_text_of_a_queue_has_its_workers_and_jobs() -> None:
+    queue = FakeQueue(FakeJob(), FakeJob(name="short"))
+    queue.more = 7
+    text = queue_text(queue_snapshot(queue))
+    for part in ("queue default  2 workers · 4 of 4 slots busy", "node-001", "sweep  ", "short  ", "and 7 jobs more"):
+        assert part in text
+
+
+def test_traceback_keeps_its_lines_and_nothing_that_a_terminal_obeys() -> None:
+    shown = plain_block("Traceback\n\tFile\n\x1b[31mValueError: \u202eevil")
+    assert shown.splitlines()[0] == "Traceback"
+    assert "\x1b" not in shown
+    assert "\u202e" not in shown
+    assert plain_block("first\n" + "x" * 9_000 + "\nlast").splitlines()[-1] == "last"
+
+
+def test_what_a_job_with_failures_offers_stands_in_its_static_form() -> None:
+    job = FakeJob(errors=(group("ValueError", "bad", 2),))
+    job.step(succeeded=98, failed=2)
+    job.retryable = 2
+    assert "job.retry() runs 2 tasks again" in as_html(snapshot(job))
+    assert "job.retry() runs 2 tasks again" in as_text(snapshot(job))
+    assert "<pre" in as_html(snapshot(job))
+
+
+# --- Without a front end ----------------------------------------------------------------------------------------------
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_log_gets_a_line_now_and_then_and_the_end() -> None:
+    job, log = FakeJob(errors=(group("ValueError", "bad"),)), io.StringIO()
+    for delay in (0.3, 0.6, 0.9):
+        threading.Timer(delay, lambda: job.step(succeeded=33)).start()
+    threading.Timer(1.2, lambda: job.step(failed=1)).start()
+    assert follow(job, 10.0, log)
+    first, last, *errors = log.getvalue().splitlines()
+    assert first.startswith("sweep    0% ")
+    assert "failed  100 of 100, 1 failed" in last
+    assert errors[0] == "! 1 × ValueError (cell, line 3): bad"
+
+
+def test_terminal_gets_one_line_that_is_written_over() -> None:
+    job, terminal = FakeJob(), _Terminal()
+    threading.Timer(0.7, lambda: job.step(succeeded=100)).start()
+    assert follow(job, 10.0, terminal)
+    assert terminal.getvalue().count("\n") == 1
+    assert terminal.getvalue().count("\r") >= 3
+
+
+def test_following_gives_up_in_time_and_the_job_goes_on() -> None:
+    log = io.StringIO()
+    assert not follow(FakeJob(), 0.2, log)
+    assert "0 of 100" in log.getvalue()
+
+
+# --- card.js ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no node")
+def test_script_says_the_same_words_as_python(tmp_path: Path) -> None:
+    numbers = [0, 0.04, 0.5, 1, 9.94, 12, 59.4, 61, 99.96, 100, 3_725, 90_061, 1_234_567]
+    script = tmp_path / "words.mjs"
+    source = Path(live.__file__).parent / "static" / "card.js"
+    (tmp_path / "card.mjs").write_text(source.read_text())
+    script.write_text(
+        "import { words } from './card.mjs';\n"
+        f"const numbers = {json.dumps(numbers)};\n"
+        "const of = (say) => numbers.map((number) => say(number));\n"
+        "console.log(JSON.stringify([of(words.duration), of(words.rate), of(words.age),"
+        " of((n) => words.memory(Math.round(n)))]));"
+    )
+    said = subprocess.run(["node", script], capture_output=True, text=True, check=True).stdout
+    expected = [[say(number) for number in numbers] for say in (words.duration, words.rate, words.age)]
+    assert json.loads(said) == [*expected, [words.memory(round(number)) for number in numbers]]
 
 
 # --- In a real kernel, through nbclient -------------------------------------------------------------------------------

@@ -418,6 +418,25 @@ class Job(Sequence[Future[Any]]):
         total = "?" if p.total is None else p.total
         return f"<Job {self.name!r}: {p.succeeded} of {total} succeeded, {p.failed} failed, {p.running} running>"
 
+    def follow(self, timeout: float | None = None) -> bool:
+        """Block until the job has ended, and show how far it is: for scripts, terminals and logs.
+
+        It writes one line to standard error, which is written over in a terminal, and repeated every 5 s elsewhere.
+        Ctrl-C ends the following, and the job goes on.
+
+        Args:
+            timeout: seconds to wait at most; None for no limit.
+
+        Returns:
+            True when it has ended, False when that was not so in time.
+
+        Raises:
+            BacklogError, WorkbenchError: Kafka or Redis cannot be reached.
+        """
+        from yadtq_nb.notebook.follow import follow
+
+        return follow(self, timeout)
+
     def _ipython_display_(self) -> None:
         from yadtq_nb.notebook.live import display_job
 

@@ -15,19 +15,26 @@ _GLYPHS: Final = {"succeeded": "█", "failed": "▚", "cancelled": "╳", "lost
 
 def as_text(shown: Snapshot) -> str:
     """Return the job in a few lines, without a line break at the end."""
-    way_out = words.way_out(shown)
     lines = [
         f"{shown['name']}  {shown['state']}  {words.headline(shown['counts'])}",
         f"{bar(shown['counts'], shown['state'])}  {words.timing(shown)}",
         "  ".join(f"{_GLYPHS[kind]} {count:,} {kind}" for kind, count in words.segments(shown["counts"])),
         *([] if shown["ended"] else _worker_lines(shown)),
         *(f"… {words.running(row)} on {row['worker']}" for row in shown["running"][:1]),
-        *(f"! {words.error_head(row)}: {row['message']}" for row in shown["errors"]),
-        f"  {words.errors_seen(shown)}" if words.errors_seen(shown) else "",
-        f"({way_out})" if way_out else "",
+        *error_lines(shown),
         f"({shown['note']})" if shown["note"] else "",
     ]
     return "\n".join(line for line in lines if line)
+
+
+def error_lines(shown: Snapshot) -> list[str]:
+    """Return a line for each group of errors, and what can be done about them."""
+    seen, way_out = words.errors_seen(shown), words.way_out(shown)
+    return [
+        *(f"! {words.error_head(row)}: {row['message']}" for row in shown["errors"]),
+        *([f"  {seen}"] if seen else []),
+        *([f"({way_out})"] if way_out else []),
+    ]
 
 
 def queue_text(shown: QueueSnapshot) -> str:
