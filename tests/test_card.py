@@ -505,11 +505,11 @@ def test_script_says_the_same_words_as_python(tmp_path: Path) -> None:
         f"const numbers = {json.dumps(numbers)};\n"
         "const of = (say) => numbers.map((number) => say(number));\n"
         "console.log(JSON.stringify([of(words.duration), of(words.rate), of(words.age),"
-        " of((n) => words.memory(Math.round(n)))]));"
+        " of((n) => words.memory(Math.floor(n)))]));"
     )
     said = subprocess.run(["node", script], capture_output=True, text=True, check=True).stdout
     expected = [[say(number) for number in numbers] for say in (words.duration, words.rate, words.age)]
-    assert json.loads(said) == [*expected, [words.memory(round(number)) for number in numbers]]
+    assert json.loads(said) == [*expected, [words.memory(int(number)) for number in numbers]]
 
 
 # --- In a real kernel, through nbclient -------------------------------------------------------------------------------

@@ -107,8 +107,10 @@ function rate(perSecond) {
 
 /** @param {number} seconds */
 const age = (seconds) => (seconds >= 60 ? duration(seconds) : `${Math.floor(seconds)} s`);
+/** @param {number} number */
+const tenths = (number) => number.toLocaleString("en-US", { minimumFractionDigits: 1, maximumFractionDigits: 1 });
 /** @param {number} megabytes */
-const memory = (megabytes) => (megabytes < 1000 ? `${megabytes} MB` : `${(megabytes / 1000).toFixed(1)} GB`);
+const memory = (megabytes) => (megabytes < 1000 ? `${megabytes} MB` : `${tenths(megabytes / 1000)} GB`);
 /** @param {number} busy @param {number} of */
 const slots = (busy, of) => `${busy} of ${of} slots busy`;
 /** @param {Counts} counts */
@@ -416,6 +418,8 @@ class JobView extends CardView {
   /** @param {Element} root @param {Model} model */
   constructor(root, model) {
     super(root, model);
+    /** @type {Shown | null} */
+    this.shown = null;
     this.stateDot = make(this.head, "span", "dot");
     this.state = make(this.head, "span", "state");
     this.state.setAttribute("role", "status");
@@ -580,6 +584,8 @@ class QueueView extends CardView {
   /** @param {Element} root @param {Model} model */
   constructor(root, model) {
     super(root, model);
+    /** @type {ShownQueue | null} */
+    this.shown = null;
     make(this.head, "span", "state", "queue");
     this.workers = new WorkersView(this.card);
     const { panel, title } = makePanel(this.card, "jobs", true);
