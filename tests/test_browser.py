@@ -134,7 +134,7 @@ def _watch(page: Page, cluster: LocalCluster, theme: str) -> None:
     page.eventually(3, lambda: card.locator(".is-lost").count() > 0)
     beat = card.locator(".is-lost").first
     before = beat.inner_text()
-    assert before.startswith("lost, heartbeat")
+    assert before.startswith("lost, ")
     page.picture(PICTURES / f"{theme}-page.png")
     page.picture(PICTURES / f"{theme}-job.png", 1)
     page.picture(PICTURES / f"{theme}-queue.png", 2)
@@ -177,6 +177,7 @@ job.step(succeeded=61_234, failed=1)
         too_wide += " getComputedStyle(each).display !== 'inline' && !each.closest('.yadtq-traceback')).length"
         assert card.evaluate(too_wide) == 0
         assert card.locator(".yadtq-worker").count() == 52
+        assert not card.locator(".yadtq-gauge").first.is_visible()
         page.picture(PICTURES / "narrow.png", 1)
         # Pressed while a cell runs: it is heard at once where the kernel has subshells, else when the cell has ended.
         card.get_by_role("button", name="Retry failed").click()

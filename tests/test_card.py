@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import io
 import json
 import re
@@ -149,6 +150,8 @@ def test_static_form_has_the_style_of_every_class_that_it_uses() -> None:
     assert len(used) > 20
     # These only name what they are.
     assert used - set(styles()) == {"number"}
+    sheet = (Path(markup.__file__).parent / "static" / "card.css").read_text()
+    assert len(markup._RULE.findall(sheet)) == len(styles())
     for kind in [*SEGMENTS, *JobState, "live", "stopping"]:
         assert f"fill-{kind}" in styles()
 
@@ -526,12 +529,16 @@ class _Client(NotebookClient):
         return done
 
 
-def _execute(*cells: str, pause: float = 0.0) -> Any:
+def _notebook(*cells: str) -> Any:
     here = Path(__file__).parent
     head = f"import sys, threading; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]\n"
     shim = "FakeJob._ipython_display_ = lambda self: display_job(self) and None\n"
-    head += "from fake_job import FakeJob\nfrom yadtq_nb.notebook.live import display_job\n" + shim
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in (head, *cells)])
+    head += "from fake_job import FakeJob, group\nfrom yadtq_nb.notebook.live import display_job\n" + shim
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in (head, *cells)])
+
+
+def _execute(*cells: str, pause: float = 0.0) -> Any:
+    notebook = _notebook(*cells)
     client = _Client(notebook, timeout=60, kernel_name="python3")
     client.pause_between = pause
     return client.execute()
@@ -604,3 +611,30 @@ def test_terminal_shows_the_text_and_starts_nothing() -> None:
     command = [sys.executable, "-c", code, str(Path(__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
     assert "sweep  running  0 of 100" in done.stdout
+
+
+def test_queue_displayed_is_saved_as_it_was_in_html_and_widget_state() -> None:
+    cell = (
+        "from fake_job import FakeQueue\nfrom yadtq_nb.notebook.live import display_queue\n"
+        "FakeQueue._ipython_display_ = lambda self: display_queue(self) and None\nFakeQueue(FakeJob())"
+    )
+    notebook = _execute(cell)
+    (output,) = notebook.cells[1].outputs
+    assert set(output.data) == {WIDGET, "text/html", "text/plain"}
+    assert "as of" in output.data["text/html"]
+    state = _final_state(notebook)
+    assert [job["name"] for job in state["jobs"]] == ["sweep"]
+    assert [row[3] for row in state["roster"]] == ["live", "live"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nbconvert") is None, reason="no nbconvert")
+def test_page_made_by_nbconvert_shows_the_end(tmp_path: Path) -> None:
+    notebook = _notebook("job = FakeJob(); job.errors = (group('ValueError', '<b>bad</b>'),); job")
+    notebook.cells.append(nbformat.v4.new_code_cell("job.step(failed=1); job.step(succeeded=99); job.wait()\nNone"))
+    nbformat.write(notebook, tmp_path / "run.ipynb")
+    command = [sys.executable, "-m", "nbconvert", "--execute", "--to", "html", str(tmp_path / "run.ipynb")]
+    subprocess.run(command, check=True, capture_output=True, timeout=100)
+    page = (tmp_path / "run.html").read_text()
+    assert "100 of 100" in page
+    assert "1 × ValueError (cell, line 3)" in page
+    assert "&lt;b&gt;bad&lt;/b&gt;" in page

@@ -21,6 +21,7 @@ _SHOW_LOST: Final = 3_600.0
 _FRAME: Final = re.compile(r'^  File "(?P<file>[^"\n]+)", line (?P<line>\d+), in (?P<function>.+)$', re.MULTILINE)
 #: Files of notebook cells: ipykernel's and IPython's.
 _CELL: Final = re.compile(r"ipykernel_\d+|<ipython-input|<string>")
+_CELL_FILE: Final = re.compile(r'(?<=^  File )"[^"\n]*(?:ipykernel_\d+|<ipython-input)[^"\n]*"', re.MULTILINE)
 
 
 class FirstErrors:
@@ -61,11 +62,12 @@ class FirstErrors:
 
     def _note(self, index: int, info: ErrorInfo) -> None:
         key = info.type_name, place(info.traceback)
+        traceback = _CELL_FILE.sub('"cell"', info.traceback)
         known = self._groups.get(key)
         if known is None and len(self._groups) < _GROUPS:
-            self._groups[key] = ErrorGroup(*key, info.message, info.traceback, index, 1)
+            self._groups[key] = ErrorGroup(*key, info.message, traceback, index, 1)
         elif known is not None:
-            older = known if known.first < index else ErrorGroup(*key, info.message, info.traceback, index, 0)
+            older = known if known.first < index else ErrorGroup(*key, info.message, traceback, index, 0)
             self._groups[key] = ErrorGroup(*key, older.message, older.traceback, older.first, known.count + 1)
 
 

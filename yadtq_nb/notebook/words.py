@@ -98,9 +98,9 @@ def load(row: WorkerRow) -> str:
 
 def heartbeat(row: WorkerRow, *, ended: bool) -> str:
     """Say how old the last heartbeat is; of a job that has ended, only what was wrong then."""
-    status = "" if row["status"] == "live" else row["status"]
-    beat = "" if ended else f"heartbeat {age(row['age'])} ago"
-    return ", ".join(part for part in (status, beat) if part)
+    if row["status"] == "live":
+        return "" if ended else f"heartbeat {age(row['age'])} ago"
+    return row["status"] if ended else f"{row['status']}, {age(row['age'])} ago"
 
 
 def age(seconds: float) -> str:

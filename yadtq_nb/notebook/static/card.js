@@ -148,8 +148,8 @@ function load([, , done, cpu, used], status) {
 
 /** @param {string} status @param {number} seconds @param {boolean} ended */
 function heartbeat(status, seconds, ended) {
-  const beat = ended ? "" : `heartbeat ${age(seconds)} ago`;
-  return [status === "live" ? "" : status, beat].filter(Boolean).join(", ");
+  if (status === "live") return ended ? "" : `heartbeat ${age(seconds)} ago`;
+  return ended ? status : `${status}, ${age(seconds)} ago`;
 }
 
 /** @param {RunningRow} row @param {number} passed */
