@@ -181,6 +181,8 @@ class Page:
         self.page.evaluate(restart)
         self.page.wait_for_timeout(1000)
         self.page.wait_for_function(_IDLE)
+        # JupyterLab may lose what is sent by a widget that is made while it is still asking for subshells.
+        self.page.wait_for_timeout(1000)
 
     def save(self) -> None:
         """Save the notebook."""

@@ -149,7 +149,7 @@ def _cancel(page: Page, cell: int, theme: str) -> None:
     button.click()
     card.get_by_role("button", name="Really cancel?").click()
     # Then the display has become static.
-    page.eventually(10, lambda: "cancelled" in card.inner_text() and card.get_by_role("button").count() == 0)
+    page.eventually(30, lambda: "cancelled" in card.inner_text() and card.get_by_role("button").count() == 0)
     page.picture(PICTURES / f"{theme}-cancelled.png", cell)
     page.save()
 

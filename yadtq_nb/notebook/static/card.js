@@ -32,6 +32,8 @@ const SILENCE = 5;
 const ARMED = 5;
 /** Seconds without an answer after which the kernel is taken to be busy. */
 const BUSY = 1.5;
+/** Seconds without an answer after which a button may be pressed again: the message may be lost with a connection. */
+const AGAIN = 10;
 /** Seconds between two signs that the card is on a page. */
 const SEEN_EVERY = 60;
 const TRAITS = ["snapshot", "roster", "beats", "running", "errors", "tracebacks", "jobs", "answer"];
@@ -349,6 +351,7 @@ class Action {
     this.send = send;
     this.number = 0;
     this.armed = new Clock();
+    this.sent = new Clock();
     this.isArmed = false;
     this.button.addEventListener("click", () => this.press());
     this.button.addEventListener("blur", () => this.arm(false));
@@ -361,6 +364,7 @@ class Action {
     }
     this.arm(false);
     this.number = this.send(this.name);
+    this.sent.reset();
     this.button.disabled = true;
   }
 
@@ -382,6 +386,7 @@ class Action {
 
   tick() {
     if (this.isArmed && this.armed.passed() > ARMED) this.arm(false);
+    if (this.number && this.sent.passed() > AGAIN) this.button.disabled = false;
   }
 }
 
@@ -572,7 +577,7 @@ class JobView extends CardView {
 
   saying() {
     if (this.cancel.number || this.retry.number) {
-      return this.asked.passed() > BUSY ? "asked for; the kernel hears it when the cell that runs has ended" : "asked for …";
+      return this.asked.passed() > BUSY ? "asked for; no answer yet: a cell that runs may hold it up" : "asked for …";
     }
     /** @type {Answer} */
     const answer = this.model.get("answer");
