@@ -165,6 +165,24 @@ def jobs(
 
 
 @app.command(rich_help_panel="Queue")
+def follow(
+    job: Annotated[str, typer.Argument(help="Name or id of the job.")],
+    queue: QueueName = "default",
+    kafka: Kafka = None,
+    redis: Redis = None,
+    secret_file: SecretFile = None,
+) -> None:
+    """Show a job's progress until it has ended; exit code 1 if it has not succeeded."""
+    from yadtq_nb import Queue
+
+    with Queue(queue, kafka=kafka, redis=redis, secret=_secret(secret_file)) as opened:
+        found = opened.job(job)
+        found.follow()
+        if found.state != "succeeded":
+            raise typer.Exit(1)
+
+
+@app.command(rich_help_panel="Queue")
 def workers(
     queue: QueueName = "default", kafka: Kafka = None, redis: Redis = None, secret_file: SecretFile = None
 ) -> None:

@@ -271,6 +271,17 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
         return array("I", self.scattered)
 
 
+class RunningTask(msgspec.Struct, frozen=True, array_like=True):
+    """A task that runs in a slot now."""
+
+    #: Job id.
+    job: str
+    #: Index in the job.
+    index: int
+    #: Seconds for which it has been seen to run, at the heartbeat that tells of it.
+    seconds: float
+
+
 class WorkerInfo(msgspec.Struct, frozen=True):
     """What a node says of itself with each heartbeat."""
 
@@ -294,6 +305,8 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     status: str = "live"
     #: Fingerprint of the secret that it verifies with.
     secret: str = ""
+    #: The few tasks that have run here for the longest; coroutines, which run side by side, are not told apart.
+    slowest: tuple[RunningTask, ...] = ()
 
 
 class WorkerView(msgspec.Struct, frozen=True):
@@ -306,6 +319,34 @@ class WorkerView(msgspec.Struct, frozen=True):
     last_heartbeat: float
     #: "live", "stopping", "stopped", or "lost" when its heartbeat has lapsed.
     status: str
+
+
+class ErrorGroup(msgspec.Struct, frozen=True):
+    """Failures of one type that were raised at the same line."""
+
+    #: Module and qualified name of the type.
+    type_name: str
+    #: Where it was raised, such as "fit.py, line 12, in load", or "" where there was no line.
+    place: str
+    #: What the first of them says.
+    message: str
+    #: Traceback of the first of them, as the worker has formatted it.
+    traceback: str
+    #: Index of the first task, as far as was seen.
+    first: int
+    #: How many were seen.
+    count: int
+
+
+class JobView(msgspec.Struct, frozen=True):
+    """A job as a list of jobs shows it."""
+
+    id: str
+    name: str
+    state: JobState
+    progress: Progress
+    #: Seconds since it was made.
+    age: float
 
 
 class Progress(msgspec.Struct, frozen=True):

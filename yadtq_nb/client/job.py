@@ -12,9 +12,10 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, overload
 
 from yadtq_nb import codec, needs
-from yadtq_nb.client.board import Board, Failure, Outcomes, cancelled
+from yadtq_nb.client.board import Board, Failure, cancelled
 from yadtq_nb.client.future import TaskFuture, waiting
 from yadtq_nb.client.inbox import PATIENCE, Inbox, job_state
+from yadtq_nb.client.shown import FirstErrors, progress
 from yadtq_nb.errors import (
     JobCancelledError,
     JobError,
@@ -23,14 +24,14 @@ from yadtq_nb.errors import (
     QueueClosedError,
     YadtqError,
 )
-from yadtq_nb.model import WHOLE, BrokenItem, CallStyle, JobState, Progress, State, WorkerView
+from yadtq_nb.model import WHOLE, BrokenItem, CallStyle, ErrorGroup, JobState, Progress, State, WorkerView
 from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobRecord, JobStore
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from yadtq_nb.notebook.live import LiveCard
+    from yadtq_nb.notebook.live import JobCard
 
 #: What results() does with tasks that failed.
 Errors = Literal["raise", "return", "skip"]
@@ -90,8 +91,8 @@ class Job(Sequence[Future[Any]]):
         self._style = style
         self._created = created
         self._parameters = parameters
-        self._live: LiveCard | None = None
-        self._errors: list[str] = []
+        self._live: JobCard | None = None
+        self._first_errors = FirstErrors(link.store, link.key, id)
         #: Id -> name of the jobs whose values were arguments.
         self._names: dict[str, str] = {}
         self._pid = os.getpid()
@@ -359,7 +360,7 @@ class Job(Sequence[Future[Any]]):
         if record is None:
             total = self._total
             return Progress(total or 0, 0, 0, 0, 0, total, 0.0, None, max(0.0, time.time() - self._created))
-        return _progress(record, self._total)
+        return progress(record, self._total)
 
     def task_state(self, index: int) -> State:
         """Return a task's state, as far as this process has heard."""
@@ -457,6 +458,25 @@ class Job(Sequence[Future[Any]]):
         total = "?" if p.total is None else p.total
         return f"<Job {self.name!r}: {p.succeeded} of {total} succeeded, {p.failed} failed, {p.running} running>"
 
+    def follow(self, timeout: float | None = None) -> bool:
+        """Block until the job has ended, and show how far it is: for scripts, terminals and logs.
+
+        It writes one line to standard error, which is written over in a terminal, and repeated every 5 s elsewhere.
+        Ctrl-C ends the following, and the job goes on.
+
+        Args:
+            timeout: seconds to wait at most; None for no limit.
+
+        Returns:
+            True when it has ended, False when that was not so in time.
+
+        Raises:
+            BacklogError, WorkbenchError: Kafka or Redis cannot be reached.
+        """
+        from yadtq_nb.notebook.follow import follow
+
+        return follow(self, timeout)
+
     def _ipython_display_(self) -> None:
         from yadtq_nb.notebook.live import display_job
 
@@ -472,17 +492,19 @@ class Job(Sequence[Future[Any]]):
         except YadtqError as exc:
             return line_bundle(f"<Job {self.name!r}: {exc}>")
 
-    def error_lines(self, limit: int) -> list[str]:
-        """Return a line for each of the first failures; asks the queue for them once, when there are any."""
-        if not self._errors:
-            record = self._record()
-            if record is not None and record.failed:
-                opened = [
-                    Outcomes(self._link.key, self.id, stored) for stored in self._link.store.first_failures(self.id)
-                ]
-                infos = [info for outcomes in opened for info in outcomes.segment.errors.values()]
-                self._errors = [f"{info.type_name.rpartition('.')[2]}: {info.message}" for info in infos[:10]]
-        return self._errors[:limit]
+    def error_groups(self, segments: int) -> tuple[list[ErrorGroup], int]:
+        """Return the first failures by type and line, the largest group first, and how many failures were looked at.
+
+        Each call fetches what lies in so many segments more, at most.
+        """
+        record = self._record()
+        return self._first_errors.look(0 if record is None else record.failed, segments)
+
+    @property
+    def retryable(self) -> int:
+        """How many tasks retry() would run again now."""
+        record = self._record()
+        return 0 if record is None else record.lost
 
 
 class Completed:
@@ -536,29 +558,6 @@ def attach(link: Link, record: JobRecord) -> Job:
         style=record.style,
         created=record.created,
         parameters=record.parameters,
-    )
-
-
-def _progress(record: JobRecord, known_total: int | None) -> Progress:
-    total = record.total if record.total >= 0 else known_total
-    elapsed = max(0.0, (record.ended or record.now) - record.created)
-    rate = (record.succeeded + record.failed) / elapsed if elapsed > 0 else 0.0
-    left = None if total is None else total - record.done
-    running = min(record.running, left) if left is not None else record.running
-    left = None if left is None else left - record.lost
-    queued = max(0, (left if left is not None else record.fed - record.done) - running)
-    eta = left / rate if left and rate > 0 else (0.0 if left == 0 else None)
-    return Progress(
-        queued,
-        running,
-        record.succeeded,
-        record.failed,
-        record.cancelled,
-        total,
-        round(rate, 3),
-        eta,
-        elapsed,
-        record.lost,
     )
 
 

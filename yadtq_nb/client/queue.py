@@ -19,7 +19,7 @@ from yadtq_nb.client.inbox import PATIENCE
 from yadtq_nb.client.job import Job
 from yadtq_nb.client.options import ChunkSize, ErrorTypes, Given, JobOptions, Seconds
 from yadtq_nb.config import Config
-from yadtq_nb.errors import ConfigError, JobNotFoundError, WorkbenchError
+from yadtq_nb.errors import ConfigError, JobNotFoundError, WorkbenchError, YadtqError
 from yadtq_nb.model import CallStyle, Environment, Priority
 from yadtq_nb.needs import Later
 from yadtq_nb.workbench.connection import patiently
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from yadtq_nb.client.link import Link
     from yadtq_nb.client.sender import Packet
+    from yadtq_nb.notebook.live import QueueCard
 
 #: Seconds for which the number of slots is taken as known.
 _SLOTS_KNOWN: Final = 2.0
@@ -82,6 +83,7 @@ class Queue:
         self._lock = threading.Lock()
         self._opened: tuple[int, Config, Link] | None = None
         self._slots_seen = (0.0, 1)
+        self._live: QueueCard | None = None
         if self._given is None:
             self._settings()
 
@@ -271,12 +273,15 @@ class Queue:
     def workers(self) -> pd.DataFrame:
         """Return the nodes that serve this queue, and those that were seen within the last day.
 
+        As the last expression of a cell it is the live card of the whole queue; what is made from it (a selection, a
+        copy) is shown as any DataFrame.
+
         Raises:
             WorkbenchError: Redis cannot be reached.
         """
         from yadtq_nb.client import tables
 
-        return tables.workers(self._link().store.workers())
+        return tables.workers(self._link().store.workers(), self)
 
     def dead(self) -> pd.DataFrame:
         """Return the records that workers have refused, newest first: when, where from, why, size, job if known.
@@ -313,6 +318,24 @@ class Queue:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.name, self._settings())
+
+    def _ipython_display_(self) -> None:
+        """Show the whole queue, live: all workers, and all jobs of the last day."""
+        from yadtq_nb.client.shown import Overview
+        from yadtq_nb.notebook.live import display_queue
+
+        self._live = display_queue(Overview(self._link()), self._live)
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+        """Return the HTML and text forms, for hosts that do not ask for _ipython_display_."""
+        from yadtq_nb.client.shown import Overview
+        from yadtq_nb.notebook.markup import line_bundle, static_bundle
+        from yadtq_nb.notebook.snapshot import queue_snapshot
+
+        try:
+            return static_bundle(queue_snapshot(Overview(self._link())))
+        except YadtqError as exc:
+            return line_bundle(f"<Queue {self.name!r}: {exc}>")
 
     def __repr__(self) -> str:
         where = "the local stack" if self._given is None else self._given.kafka

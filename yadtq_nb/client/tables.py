@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -36,10 +37,27 @@ def jobs(records: Sequence[JobRecord]) -> pd.DataFrame:
     )
 
 
-def workers(views: Sequence[WorkerView]) -> pd.DataFrame:
-    """Return one row a node, indexed by id: status, slots, load; times in UTC, to the second; ages in seconds."""
+class Workers(pd.DataFrame):
+    """A DataFrame that a notebook shows as the live card of its queue. What is made from it is a plain DataFrame."""
+
+    #: What stands for it where it is displayed. A pickle leaves it behind.
+    _shown_as: Any = None
+
+    def _ipython_display_(self) -> None:
+        if self._shown_as is None:
+            raise NotImplementedError  # IPython goes on with the table
+        self._shown_as._ipython_display_()
+
+
+def workers(views: Sequence[WorkerView], shown_as: object) -> pd.DataFrame:
+    """Return one row a node, indexed by id: status, slots, load; times in UTC, to the second; ages in seconds.
+
+    Args:
+        views: the nodes.
+        shown_as: what stands for the DataFrame where it is displayed.
+    """
     infos = [view.info for view in views]
-    return pd.DataFrame(
+    frame = Workers(
         {
             "status": [view.status for view in views],
             "slots": [i.slots for i in infos],
@@ -56,6 +74,8 @@ def workers(views: Sequence[WorkerView]) -> pd.DataFrame:
         },
         index=pd.Index([i.id for i in infos], name="worker", dtype=object),
     )
+    frame._shown_as = shown_as
+    return frame
 
 
 def dead(notes: Sequence[Dead]) -> pd.DataFrame:

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 from typing import Final
 
-from yadtq_nb.notebook.snapshot import MoreWorkers, Snapshot, WorkerRow
+from yadtq_nb.notebook.snapshot import Counts, ErrorRow, Fleet, JobRow, MoreWorkers, RunningRow, Snapshot, WorkerRow
 
 #: Segments of the bar, from left to right: what is done stands first and never moves back.
-SEGMENTS: Final = ("succeeded", "failed", "cancelled", "running", "queued")
+SEGMENTS: Final = ("succeeded", "failed", "cancelled", "lost", "running", "queued")
 
 
-def headline(shown: Snapshot) -> str:
+def headline(counts: Counts) -> str:
     """Say how far the job is: "62 of 100"."""
-    total = shown["counts"]["total"]
-    return f"{finished(shown):,} of {total:,}" if total is not None else f"{finished(shown):,} so far"
+    total = counts["total"]
+    return f"{finished(counts):,} of {total:,}" if total is not None else f"{finished(counts):,} so far"
 
 
-def finished(shown: Snapshot) -> int:
+def finished(counts: Counts) -> int:
     """Count the tasks that have an outcome."""
-    counts = shown["counts"]
     return counts["succeeded"] + counts["failed"] + counts["cancelled"]
 
 
-def segments(shown: Snapshot) -> list[tuple[str, int]]:
+def segments(counts: Counts) -> list[tuple[str, int]]:
     """List the segments of the bar with their tasks, the empty ones left out."""
     found = {
-        "succeeded": shown["counts"]["succeeded"],
-        "failed": shown["counts"]["failed"],
-        "cancelled": shown["counts"]["cancelled"],
-        "running": shown["counts"]["running"],
-        "queued": shown["counts"]["queued"],
+        "succeeded": counts["succeeded"],
+        "failed": counts["failed"],
+        "cancelled": counts["cancelled"],
+        "lost": counts["lost"],
+        "running": counts["running"],
+        "queued": counts["queued"],
     }
     return [(kind, found[kind]) for kind in SEGMENTS if found[kind] > 0]
 
@@ -60,16 +60,47 @@ def duration(seconds: float) -> str:
     return f"{whole} s"
 
 
-def slots(row: WorkerRow | MoreWorkers) -> str:
+def slots(row: WorkerRow | MoreWorkers | Fleet) -> str:
     """Say how many slots are busy."""
     return f"{row['busy']} of {row['slots']} slots busy"
 
 
+def fleet(shown: Fleet) -> str:
+    """Say what all workers are together: "3 workers · 5 of 6 slots busy · CPU 480 % · 1.2 GB · 1 lost"."""
+    parts = [plural(shown["live"], "worker")]
+    if shown["live"]:
+        parts += [slots(shown), f"CPU {shown['cpu']:,} %", memory(shown["memory"])]
+    if shown["lost"]:
+        parts.append(f"{shown['lost']:,} lost")
+    return " · ".join(parts)
+
+
+def plural(count: int, noun: str) -> str:
+    """Say a number of things: "1 task", "2 tasks"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def memory(megabytes: int) -> str:
+    """Say a size in memory: "96 MB", "1.2 GB"."""
+    return f"{megabytes} MB" if megabytes < 1000 else f"{megabytes / 1000:,.1f} GB"
+
+
+def short_id(row: WorkerRow) -> str:
+    """Return a worker's id without its host, which stands beside it."""
+    return row["id"].removeprefix(f"{row['host']}-")
+
+
+def load(row: WorkerRow) -> str:
+    """Say what a worker has done and what it uses: "1,204 done · CPU 98 % · 120 MB"."""
+    done = f"{row['done']:,} done"
+    return done if row["status"] == "lost" else f"{done} · CPU {row['cpu']} % · {memory(row['memory'])}"
+
+
 def heartbeat(row: WorkerRow, *, ended: bool) -> str:
     """Say how old the last heartbeat is; of a job that has ended, only what was wrong then."""
-    status = "" if row["status"] == "live" else row["status"]
-    beat = "" if ended else f"heartbeat {age(row['age'])} ago"
-    return ", ".join(part for part in (status, beat) if part)
+    if row["status"] == "live":
+        return "" if ended else f"heartbeat {age(row['age'])} ago"
+    return row["status"] if ended else f"{row['status']}, {age(row['age'])} ago"
 
 
 def age(seconds: float) -> str:
@@ -80,3 +111,39 @@ def age(seconds: float) -> str:
 def more_workers(more: MoreWorkers) -> str:
     """Say how many workers have no line of their own."""
     return f"and {more['count']:,} more"
+
+
+def running(row: RunningRow) -> str:
+    """Say which task runs and for how long: "task 17 · 1 min 03 s"."""
+    return f"task {row['index']:,} · {age(row['seconds'])}"
+
+
+def error_head(row: ErrorRow) -> str:
+    """Say which error it is, how often and where: "12 × ValueError (fit.py, line 3, in load)"."""
+    where = f" ({row['place']})" if row["place"] else ""
+    return f"{row['count']:,} × {row['type']}{where}"
+
+
+def errors_seen(shown: Snapshot) -> str:
+    """Say that the errors are not all there are, where that is so."""
+    counted, failed = sum(row["count"] for row in shown["errors"]), shown["counts"]["failed"]
+    if counted >= failed or not shown["errors"]:
+        return ""
+    return f"counted over the first {shown['errors_seen']:,} of {failed:,} failures"
+
+
+def way_out(shown: Snapshot) -> str:
+    """Say what can be done about a job that has ended and not succeeded, or ""."""
+    counts = shown["counts"]
+    if not shown["ended"]:
+        return ""
+    if shown["retryable"]:
+        return f"job.retry() runs {plural(shown['retryable'], 'task')} again"
+    if counts["failed"]:
+        return 'results(errors="return") gives the exceptions, to_frame() a row for each task'
+    return ""
+
+
+def job_age(row: JobRow) -> str:
+    """Say for how long a job has run, or how long it took and when it was made."""
+    return f"took {duration(row['elapsed'])}, {age(row['age'])} ago" if row["ended"] else f"for {age(row['age'])}"

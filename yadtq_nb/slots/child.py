@@ -73,6 +73,13 @@ class Child:
         """Tell whether the task's item is only being read."""
         return self.progress[0] != NO_OFFSET and bool(self.progress[0] & READING)
 
+    def look(self, now: float) -> bool:
+        """Note which task runs, and since when it was seen to; False when none does."""
+        offset = self.offset()
+        if offset != self.seen:
+            self.seen, self.seen_at = offset, now
+        return offset is not None
+
     def is_idle(self) -> bool:
         """Return whether it may be given a chunk."""
         return self.lease is None and not self.doomed

@@ -307,6 +307,17 @@ class SlotPool:
                 if slot.lease
             }
 
+    def slowest(self, limit: int) -> list[tuple[Lease, int, float]]:
+        """Return the tasks that have run for the longest: lease, offset, seconds since it was seen. Thread-safe."""
+        now = time.monotonic()
+        with self._lock:
+            found = [
+                (slot.lease, slot.seen, now - slot.seen_at)
+                for slot in self._slots.values()
+                if slot.lease and not slot.lease.head.concurrent and slot.look(now) and slot.seen is not None
+            ]
+        return sorted(found, key=lambda task: -task[2])[:limit]
+
     def kill(self, chunk_id: str) -> None:
         """SIGKILL the slot that runs a chunk, with its process group; poll then tells Died. Thread-safe."""
         with self._lock:
@@ -574,11 +585,9 @@ class SlotPool:
                 if not limit:
                     continue
                 self._look = min(self._look, max(_LEAST_LOOK, limit / 20))
-                offset = slot.offset()
-                if offset != slot.seen:
-                    slot.seen, slot.seen_at = offset, now
-                elif offset is not None and now - slot.seen_at >= limit and not slot.doomed and slot.pid:
-                    slot.timed_out, slot.doomed = offset, True
+                late = slot.look(now) and now - slot.seen_at >= limit
+                if late and not slot.doomed and slot.pid:
+                    slot.timed_out, slot.doomed = slot.seen, True
                     processes.kill(slot.pid, group=True)
 
     def _drain_wake(self) -> None:

@@ -22,6 +22,9 @@ _SPAN: Final = struct.Struct("<III")
 _PAGE: Final = 100
 #: Bytes at the start of a sealed blob that hold its signature.
 _SIGNED: Final = 64
+#: Outcomes that are larger are not fetched for the sake of the errors in them, and how much is at once, in bytes.
+_LARGE: Final = 1024 * 1024
+_AT_ONCE: Final = 4 * 1024 * 1024
 #: Seconds after which a sender that has said nothing counts as gone.
 SENDER_LEASE: Final = 10.0
 _SAY_SENDING: Final = "#!lua flags=allow-oom\nreturn redis.call('SET', KEYS[1], 1, 'PX', ARGV[1])"
@@ -304,6 +307,16 @@ class JobStore:
         """Return one job, or None when the queue does not know it (yet, or any more)."""
         return next(iter(self.records([job])), None)
 
+    def recent(self, seconds: float, limit: int) -> tuple[list[JobRecord], int]:
+        """Return the newest of the jobs that were made within so many seconds, and how many there are of these."""
+        with self._redis.use() as client:
+            now, _ = client.time()
+            pipe = client.pipeline(transaction=False)
+            pipe.zrevrangebyscore(self._redis.key("jobs"), "+inf", now - seconds, start=0, num=limit)
+            pipe.zcount(self._redis.key("jobs"), now - seconds, "+inf")
+            ids, count = pipe.execute()
+        return self.records(_decoded(ids)), int(count)
+
     def records(self, jobs: Iterable[str] | None = None) -> list[JobRecord]:
         """Return jobs, by default all, newest first."""
         with self._redis.use() as client:
@@ -334,11 +347,28 @@ class JobStore:
                 if frame is not None:
                     yield Stored(field, frame, mask or b"")
 
-    def first_failures(self, job: str) -> list[Stored]:
-        """Return the outcomes in which the first failures are."""
+    def first_failures(self, job: str, place: int, count: int) -> tuple[int, list[Stored]]:
+        """Return some of the outcomes in which the first failures are: so many from that place on.
+
+        Returns:
+            How many were looked at, and those of them that are there. Of large ones, which hold large results beside
+            their errors, fewer are looked at, or they are left out.
+        """
         with self._redis.use() as client:
-            fields = _decoded(client.lrange(self._key(job, "failed"), 0, 2))
-        return list(self.outcomes(job, fields))
+            fields = _decoded(client.lrange(self._key(job, "failed"), place, place + count - 1))
+            pipe = client.pipeline(transaction=False)
+            for field in fields:
+                pipe.hstrlen(self._key(job, "out"), field)
+            sizes = pipe.execute()
+        looked, total, small = 0, 0, []
+        for field, size in zip(fields, sizes, strict=True):
+            total += size if size <= _LARGE else 0
+            if total > _AT_ONCE:
+                break
+            looked += 1
+            if size <= _LARGE:
+                small.append(field)
+        return looked, list(self.outcomes(job, small))
 
     def fields(self, job: str) -> list[str]:
         """Return the names of all outcomes that are there."""

@@ -35,7 +35,7 @@ from yadtq_nb.backlog.publish import Publisher
 from yadtq_nb.backlog.reader import Record, replay_jobs
 from yadtq_nb.config import Config
 from yadtq_nb.errors import BacklogError, CodecError, TaskError, TooLargeError, WorkbenchError
-from yadtq_nb.model import Lane, Lease, WorkerInfo
+from yadtq_nb.model import Lane, Lease, RunningTask, WorkerInfo
 from yadtq_nb.slots.hints import wrong_python
 from yadtq_nb.slots.pool import Described, Died, Outcomes, SlotPool
 from yadtq_nb.workbench.bench import Heard, NotLiveError, Workbench
@@ -61,6 +61,9 @@ _START: Final = 15.0
 _REST: Final = 2.0
 #: Seconds that a task gets to clean up once it is cancelled.
 _LEAVE: Final = 0.5
+#: Of how many running tasks a heartbeat tells, and how long they must have run by then, in seconds.
+_SLOWEST: Final = 5
+_SLOW: Final = 0.5
 #: Seconds that running tasks get when the node is asked to stop.
 GRACE: Final = 5.0
 
@@ -572,6 +575,15 @@ class Node:
             running=dict(jobs),
             status=status or ("stopping" if self._stopping.is_set() else "live"),
             secret=codec.fingerprint(self._config.key),
+            slowest=self._slowest(),
+        )
+
+    def _slowest(self) -> tuple[RunningTask, ...]:
+        found = self.pool.slowest(_SLOWEST)
+        return tuple(
+            RunningTask(lease.head.job, lease.head.first + offset, round(seconds, 1))
+            for lease, offset, seconds in found
+            if seconds >= _SLOW
         )
 
     def _usage(self) -> tuple[float, int]:

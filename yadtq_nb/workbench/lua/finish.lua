@@ -75,10 +75,13 @@ redis.call('HINCRBY', job_key(chunk.job), 'bytes', #blob)
 if succeeded > 0 then
   redis.call('HINCRBY', job_key(chunk.job), 'succeeded', succeeded)
 end
-if failed > 0 and redis.call('HINCRBY', job_key(chunk.job), 'failed', failed) <= 3 then
+if failed > 0 then
+  redis.call('HINCRBY', job_key(chunk.job), 'failed', failed)
   -- Where the first errors are, for who wants to see no more than these.
-  redis.call('RPUSH', job_key(chunk.job, 'failed'), field)
-  redis.call('EXPIRE', job_key(chunk.job, 'failed'), keep * 4)
+  if redis.call('LLEN', job_key(chunk.job, 'failed')) < 200 then
+    redis.call('RPUSH', job_key(chunk.job, 'failed'), field)
+    redis.call('EXPIRE', job_key(chunk.job, 'failed'), keep * 4)
+  end
 end
 chunk.seq, chunk.left = chunk.seq + 1, chunk.left - accepted
 
