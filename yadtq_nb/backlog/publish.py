@@ -181,6 +181,9 @@ class Publisher:
         self._closing.set()
         self._thread.join()
         self._producer.flush(0.5)
+        # By itself it would go on looking for its broker until it is collected.
+        self._producer.purge()
+        self._producer.close()
         return taken
 
     # One record.
