@@ -358,3 +358,30 @@ def test_frame_of_a_job_of_a_generator_is_whole(queue: Queue) -> None:
     frame = queue.map(square, (x for x in range(3000))).to_frame()
     assert frame["value"].tolist() == [x * x for x in range(3000)]
     assert frame["input"].tolist() == list(range(3000))
+
+
+def test_errors_are_a_frame_by_task_or_by_type_and_line(queue: Queue) -> None:
+    def pick(x: int) -> int:
+        if x % 4 == 1:
+            raise ValueError(f"{x} is odd")
+        if x == 2:
+            raise KeyError(x)
+        return x
+
+    job = queue.map(pick, range(12), chunksize=3)
+    assert job.wait(LIMIT)
+    frame = job.errors()
+    assert frame.index.tolist() == [1, 2, 5, 9]
+    assert frame.type.tolist() == ["ValueError", "KeyError", "ValueError", "ValueError"]
+    assert frame.message.tolist() == ["1 is odd", "2", "5 is odd", "9 is odd"]
+    assert frame["where"].str.contains(r"test_job\.py, line \d+, in .*pick").all()
+    assert frame.traceback.str.startswith("Traceback").all()
+    assert frame.attempt.tolist() == [1] * 4
+    grouped = job.errors(grouped=True)
+    assert grouped["count"].tolist() == [3, 1]
+    assert grouped["first"].tolist() == [1, 2]
+    assert grouped.index.get_level_values("type").tolist() == ["ValueError", "KeyError"]
+    whole = queue.map(abs, [1])
+    assert whole.wait(LIMIT)
+    assert len(whole.errors()) == len(whole.errors(grouped=True)) == 0
+    assert whole.errors().columns.tolist() == frame.columns.tolist()

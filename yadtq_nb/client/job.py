@@ -492,6 +492,21 @@ class Job(Sequence[Future[Any]]):
         except YadtqError as exc:
             return line_bundle(f"<Job {self.name!r}: {exc}>")
 
+    def errors(self, *, grouped: bool = False) -> pd.DataFrame:
+        """Return one row for each task that has failed so far, without waiting for others.
+
+        Columns: `type`, `message`, `where` (file, line and function that raised it), `traceback`, `worker`, `started`
+        (UTC), `seconds`, `attempt`; the index is the task's index. Grouped: one row for each type and place, the most
+        frequent first, with `count`, the `first` task and its `message`.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached.
+        """
+        from yadtq_nb.client import tables
+
+        self.want()
+        return tables.errors(self._board.segments(), grouped=grouped)
+
     def error_groups(self, segments: int) -> tuple[list[ErrorGroup], int]:
         """Return the first failures by type and line, the largest group first, and how many failures were looked at.
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from yadtq_nb.backlog.dead import Dead
+from yadtq_nb.client.board import Outcomes
 from yadtq_nb.client.inbox import job_state
+from yadtq_nb.client.shown import place
 from yadtq_nb.model import WorkerView
 from yadtq_nb.workbench.jobs import JobRecord
 
@@ -76,6 +78,36 @@ def workers(views: Sequence[WorkerView], shown_as: object) -> pd.DataFrame:
     )
     frame._shown_as = shown_as
     return frame
+
+
+def errors(segments: Iterable[Outcomes], *, grouped: bool) -> pd.DataFrame:
+    """Return one row for each task that has failed, or for each type of error and line that raised it."""
+    rows = []
+    for outcomes in segments:
+        segment, counted = outcomes.segment, set(outcomes.indices()) if outcomes.segment.errors else ()
+        for position, index in enumerate(segment.indices() if counted else ()):
+            info = segment.errors.get(index)
+            if info is not None and index in counted:
+                rows.append((index, segment, position, info))
+    rows.sort(key=lambda row: row[0])
+    frame = pd.DataFrame(
+        {
+            "type": [info.type_name for *_, info in rows],
+            "message": [info.message for *_, info in rows],
+            "where": [place(info.traceback) for *_, info in rows],
+            "traceback": [info.traceback for *_, info in rows],
+            "worker": [segment.worker for _, segment, *_ in rows],
+            "started": _times([memoryview(segment.started).cast("d")[at] for _, segment, at, _ in rows]),
+            "seconds": [memoryview(segment.seconds).cast("d")[at] for _, segment, at, _ in rows],
+            "attempt": [segment.attempts.get(index, 1) for index, segment, *_ in rows],
+        },
+        index=pd.Index([index for index, *_ in rows], name="index", dtype="int64"),
+    )
+    if not grouped:
+        return frame
+    groups = frame.reset_index().groupby(["type", "where"], sort=False)
+    found = groups.agg(count=("index", "size"), first=("index", "min"), message=("message", "first"))
+    return found.sort_values(["count", "first"], ascending=[False, True])
 
 
 def dead(notes: Sequence[Dead]) -> pd.DataFrame:
