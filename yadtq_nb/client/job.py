@@ -198,6 +198,8 @@ class Job(Sequence[Future[Any]]):
         found = self._board.results(self._highest() if total is None else total)
         if not any(type(value) is Failure for value in found):
             return found
+        if self._board.failure is None and any(isinstance(v, Failure) and v.info is None for v in found):
+            self._record()  # were they deleted before this process had fetched them?
         if errors == "skip":
             return [value for value in found if not isinstance(value, Failure)]
         if errors == "raise":

@@ -366,6 +366,8 @@ class _Keys:
         module = getattr(thing, "__module__", None) or "__main__"
         name = thing.__qualname__.rpartition("<locals>.")[2]
         label = name if module in ("__main__", "__mp_main__") else f"{module}.{name}"
+        if hasattr(thing, "__wrapped__"):  # it has taken the name of what it calls
+            label = f"the decorator of {label}"
         self._labels[label] = number = self._labels.get(label, 0) + 1
         label += f" (number {number})" if number > 1 else ""
         key = _hash(b"own", label.encode())
