@@ -154,6 +154,8 @@ def test_what_cannot_be_meant_is_refused_at_once(queue: Queue) -> None:
         (lambda: queue.map(square, [1], chunksize=1.5), ValueError, "chunksize"),
         (lambda: queue.map(square, [1], chunksize="some"), ValueError, "chunksize"),
         (lambda: queue.map(square, [1], name=7), TypeError, "string"),
+        (lambda: queue.map(square, [1], name="n", if_exists="overwrite"), ValueError, "if_exists"),  # type: ignore[arg-type]
+        (lambda: queue.map(square, [1], if_exists="new"), ValueError, "name="),
         (lambda: queue.map(square, [1], name=""), ValueError, "name"),
         (lambda: queue.map(square, [1], name="\ud800"), ValueError, "name"),
     ]:
@@ -193,7 +195,7 @@ def test_job_may_have_any_name(queue: Queue, name: str) -> None:
 def test_name_that_is_taken_is_refused(queue: Queue) -> None:
     queue.map(square, [1], name="taken")
     for send in (
-        lambda: queue.map(square, [1], name="taken"),
+        lambda: queue.map(square, [2], name="taken"),
         lambda: queue.options(name="taken").starmap(pow, [(1, 1)]),
         lambda: queue.options(name="taken").submit(square, 1),
     ):

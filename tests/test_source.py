@@ -184,9 +184,9 @@ def test_working_directory_and_path_are_the_roots_unless_given(root: Path, monke
 
 
 def test_this_package_and_installed_ones_are_not_local() -> None:
-    assert not source._is_local(source._PACKAGE)
-    assert not source._is_local(pytest.__file__)
-    assert not source._is_local(os.__file__)
+    assert not source.is_local(source._PACKAGE)
+    assert not source.is_local(pytest.__file__)
+    assert not source.is_local(os.__file__)
 
 
 def enter(environment: Environment, tree: Tree | None, directory: Path, code: str) -> str:

@@ -13,7 +13,7 @@ from waiting import wait_until
 
 from yadtq_nb import codec, journal
 from yadtq_nb.config import Config
-from yadtq_nb.errors import Crash, SignatureError, WorkbenchError
+from yadtq_nb.errors import Crash, JobNotFoundError, SignatureError, WorkbenchError
 from yadtq_nb.model import (
     WHOLE,
     Cancel,
@@ -907,3 +907,70 @@ def test_keys_of_dependencies_expire_and_are_the_queues(bench: Bench) -> None:
         ]
         assert all(client.ttl(name) > 0 for name in names)
         assert not client.exists(bench.store._redis.key("job:unknown")), "nothing is made up of a job"
+
+
+# Keeping and deleting.
+
+
+def keys_of(bench: Bench, job: str) -> set[str]:
+    redis = bench.store._redis
+    names = {name.decode().removeprefix(f"{redis.prefix}:") for name in redis.client.keys(redis.key("*"))}
+    return {name for name in names if job in name or name.startswith("name:")}
+
+
+def test_deleted_job_leaves_a_mark_only_and_what_comes_of_it_later_is_dropped(bench: Bench) -> None:
+    bench.store.create(Manifest("job", "named", "fn", 1.0, 5, sameness=b"key"))
+    held, waits, late = bench.head(0), bench.head(1), bench.head(2)
+    (lease,) = bench.feed(held, waits, free=1)
+    bench.store.put_arguments("job", 3, b"large")
+    assert bench.store.sameness("job") == b"key"
+    assert bench.store.delete("job")
+    assert not bench.store.delete("job")
+    assert bench.finish("a", lease) == "closed"
+    assert bench.lost("a", lease) == ["job:0"]
+    assert not bench.feed(late, free=1)
+    assert not bench.node("a").take(3)[0]
+    bench.store.seal(Seal("job", 5))
+    assert bench.store.cancel(Cancel("job")) == 0
+    assert bench.store.drop("job", [4]) == []
+    assert bench.store.create(Manifest("job", "named", "fn", 1.0, 5)) == "job"
+    assert not bench.store.keep("job", 10)
+    assert not bench.store.reopen("job")
+    assert keys_of(bench, "job") <= {"job:job", "jobs"}
+    assert bench.store.records() == []
+    assert bench.store.find("named") is None
+    with pytest.raises(JobNotFoundError):
+        bench.store.record("job")
+    assert bench.store.create(Manifest("other", "named", "fn", 1.0, 5)) == "other"
+    # Of the old job's, after the name has gone to another.
+    bench.store.delete("job")
+    assert bench.store.find("named") == "other"
+
+
+def test_delete_survives_a_wipe_by_the_journal_and_the_name_goes_to_the_next(bench: Bench) -> None:
+    first, second = Manifest("first", "named", "fn", 1.0, 1), Manifest("second", "named", "fn", 2.0, 1, sameness=b"key")
+    entries = [first, Seal("first", 1), Cancel("first", "deleted"), second]
+    bench.wipe()
+    restore_jobs(bench.config, bench.queue, [journal.encode(bench.config.key, entry) for entry in entries])
+    assert [record.id for record in bench.store.records()] == ["second"]
+    assert bench.store.find("named") == "second"
+    assert bench.store.sameness("second") == b"key"
+    bench.beat("a")
+    bench.start()
+    assert not bench.feed(bench.head(0, job="first"), free=1, at=0)
+    assert [record.id for record in bench.store.records()] == ["second"]
+
+
+def test_time_to_keep_is_that_of_the_end_and_may_be_said_twice(bench: Bench) -> None:
+    bench.store.create(Manifest("job", "named", "fn", 1.0, 1))
+    (lease,) = bench.feed(bench.head(0), free=1)
+    for _ in "ab":
+        assert bench.store.keep("job", 50)
+    redis = bench.store._redis
+    assert redis.client.ttl(redis.key("job", "job")) > 86_400
+    bench.finish("a", lease)
+    for name in (("job", "job"), ("job", "job", "in"), ("job", "job", "out"), ("name", "named")):
+        assert 0 < redis.client.ttl(redis.key(*name)) <= 50
+    assert bench.store.keep("job", 1_000)
+    assert 950 < redis.client.ttl(redis.key("job", "job", "out")) <= 1_000
+    assert not bench.store.keep("unknown", 50)

@@ -31,6 +31,7 @@ JobInterrupt, which is a KeyboardInterrupt.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 
@@ -90,7 +91,15 @@ class JobError(YadtqError):
 
 
 class JobExistsError(JobError):
-    """The name is taken by another job of this queue."""
+    """The name is taken by another job of this queue, or by one of which it cannot be told whether it is another.
+
+    Attributes:
+        differing: what differs, in words; empty where it cannot be told.
+    """
+
+    def __init__(self, message: str, *, job: str = "", differing: Sequence[str] = ()) -> None:
+        super().__init__(message, job=job)
+        self.differing = tuple(differing)
 
 
 class JobNotFoundError(JobError, LookupError):

@@ -195,6 +195,8 @@ class Manifest(msgspec.Struct, frozen=True):
     #: When the job is ended, whatever of it is done, in seconds since the epoch by the workbench's clock; 0 for never.
     deadline: float = 0.0
     lane: Lane = "normal"
+    #: What it is compared by with a job that wants its name, packed; empty when nobody chose its name.
+    sameness: bytes = b""
 
 
 class Seal(msgspec.Struct, frozen=True):
@@ -210,7 +212,7 @@ class Cancel(msgspec.Struct, frozen=True):
     """The end of a job before its time."""
 
     id: str
-    #: "cancelled" by someone, or past its "deadline".
+    #: "cancelled" or "deleted" by someone, or past its "deadline".
     reason: str = "cancelled"
 
 

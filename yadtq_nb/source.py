@@ -124,7 +124,7 @@ class Collector:
         if key != self._key:
             places = [cwd, *sys.path] if given is None else [os.fspath(place) for place in given]
             found = dict.fromkeys(os.path.abspath(os.path.join(cwd, place)) for place in places)
-            self._roots = [place for place in found if _is_local(place) and os.path.isdir(place)]
+            self._roots = [place for place in found if is_local(place) and os.path.isdir(place)]
             self._key, self._loaded, self._newest = key, {}, (0, "")
 
     def _loaded_tops(self) -> frozenset[str]:
@@ -143,7 +143,7 @@ class Collector:
         return self._loaded_now
 
     def _holds(self, file: str) -> bool:
-        return _is_local(file) and any(_below(file, root) for root in self._roots)
+        return is_local(file) and any(_below(file, root) for root in self._roots)
 
     def _top_names(self, root: str) -> frozenset[str]:
         """Return what can be imported from root, and perhaps more: names of directories."""
@@ -313,7 +313,7 @@ def _below(path: str, root: str) -> bool:
     return path.startswith(root.rstrip(os.sep) + os.sep) and path != root
 
 
-def _is_local(path: str) -> bool:
+def is_local(path: str) -> bool:
     """Return whether path is the user's own, not installed."""
     if _SKIPPED.intersection(path.split(os.sep)) or os.path.basename(path) == ".ipython":
         return False
@@ -426,7 +426,7 @@ def enter(environment: Environment, archive: bytes | None, directory: Path) -> s
         home, places = _elsewhere(environment, tree, directory)
     os.chdir(home)
     # Local places only: an installed package comes from this worker's own environment.
-    local = [place for place in places if _is_local(place) and os.path.isdir(place)]
+    local = [place for place in places if is_local(place) and os.path.isdir(place)]
     sys.path[:] = list(dict.fromkeys([*local, *(place for place in sys.path if place)]))
     importlib.invalidate_caches()
     return home

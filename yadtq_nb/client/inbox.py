@@ -25,7 +25,7 @@ from yadtq_nb.errors import (
 )
 from yadtq_nb.model import JobState
 from yadtq_nb.workbench.connection import patiently
-from yadtq_nb.workbench.jobs import JobRecord, JobStore, News, Stored
+from yadtq_nb.workbench.jobs import JobRecord, JobStore, News, Stored, deleted
 
 log = logging.getLogger(__name__)
 
@@ -220,7 +220,11 @@ class Inbox:
             self._compare(board)
 
     def _compare(self, board: Board) -> None:
-        record = self._store.record(board.job)
+        try:
+            record = self._store.record(board.job)
+        except JobNotFoundError as exc:
+            self._end(board, exc)
+            return
         for field in board.missing(self._store.fields(board.job)):
             board.tell(field, 0)
         if board.wanted:
@@ -265,6 +269,8 @@ def job_state(record: JobRecord) -> JobState:
 
 def stopped(job: str, reason: str) -> JobError:
     """Say why a job was ended before its time."""
+    if reason == "deleted":
+        return deleted(job)
     kept = "the outcomes that came before are kept (errors='skip', to_frame())"
     if reason == "deadline":
         return JobTimeoutError(f"job {job!r} was ended by its deadline; {kept}", job=job)
@@ -289,7 +295,7 @@ def incomplete(record: JobRecord) -> JobIncompleteError:
     """Say from where a job's tasks are missing."""
     return JobIncompleteError(
         f"job {record.name!r} is incomplete: its client was gone before it had sent more than {record.fed} tasks; "
-        "their outcomes are kept (errors='skip', to_frame()), and the rest can be mapped anew",
+        "their outcomes are kept (errors='skip', to_frame()); map it anew with another name or if_exists='replace'",
         job=record.name,
     )
 

@@ -12,21 +12,24 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, overload
 
 from yadtq_nb import codec, needs
+from yadtq_nb.client import options
 from yadtq_nb.client.board import Board, Failure, cancelled
 from yadtq_nb.client.future import TaskFuture, waiting
 from yadtq_nb.client.inbox import PATIENCE, Inbox, job_state
+from yadtq_nb.client.options import Seconds
 from yadtq_nb.client.shown import FirstErrors, progress
 from yadtq_nb.errors import (
     JobCancelledError,
     JobError,
     JobIncompleteError,
+    JobNotFoundError,
     JobTimeoutError,
     QueueClosedError,
     YadtqError,
 )
 from yadtq_nb.model import WHOLE, BrokenItem, CallStyle, ErrorGroup, JobState, Progress, State, WorkerView
 from yadtq_nb.workbench.connection import patiently
-from yadtq_nb.workbench.jobs import JobRecord, JobStore
+from yadtq_nb.workbench.jobs import JobRecord, JobStore, deleted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,6 +58,7 @@ class Link(Protocol):
     key: bytes
 
     def cancel(self, job: str) -> int: ...
+    def delete(self, job: str) -> bool: ...
     def bring_back(self, job: str) -> int: ...
 
 
@@ -218,6 +222,8 @@ class Job(Sequence[Future[Any]]):
         found = self._board.results(self._highest() if total is None else total)
         if not any(type(value) is Failure for value in found):
             return found
+        if self._board.failure is None and any(isinstance(v, Failure) and v.info is None for v in found):
+            self._record()  # were they deleted before this process had fetched them?
         if errors == "skip":
             return [value for value in found if not isinstance(value, Failure)]
         if errors == "raise":
@@ -262,6 +268,33 @@ class Job(Sequence[Future[Any]]):
             BacklogError, WorkbenchError: Kafka or Redis cannot be reached.
         """
         return self._link.cancel(self.id)
+
+    def keep(self, seconds: Seconds) -> None:
+        """Have the queue keep this job for so long: from now when it has ended, else from its end.
+
+        Its inputs, outcomes, large arguments and name go together. queue.jobs() shows what they take and when they go.
+
+        Args:
+            seconds: or a timedelta; more than 0.
+
+        Raises:
+            JobNotFoundError: it has expired, or was deleted.
+            WorkbenchError: Redis cannot be reached.
+        """
+        wanted = options.positive("seconds", seconds)
+        if not patiently(lambda: self._link.store.keep(self.id, wanted), PATIENCE):
+            raise JobNotFoundError(f"job {self.name!r} is not kept any more: there is nothing to keep", job=self.name)
+
+    def delete(self) -> None:
+        """Have the queue forget this job, its inputs and outcomes, and give its name back; cancels it if it runs.
+
+        Whoever waits for it, in any process, gets JobNotFoundError. May be called twice.
+
+        Raises:
+            BacklogError, WorkbenchError: Kafka or Redis cannot be reached.
+        """
+        self._link.delete(self.id)
+        self._board.end(deleted(self.name))
 
     @property
     def lost(self) -> list[int]:

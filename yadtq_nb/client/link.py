@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import os
 import socket
 import threading
@@ -19,19 +20,31 @@ import msgspec
 from yadtq_nb import codec, lending, needs, pending
 from yadtq_nb.backlog.publish import Publisher
 from yadtq_nb.backlog.reader import replay_tasks
+from yadtq_nb.client import sameness
 from yadtq_nb.client.board import Board
 from yadtq_nb.client.inbox import PATIENCE, Inbox
-from yadtq_nb.client.job import Job
-from yadtq_nb.client.options import JobOptions
+from yadtq_nb.client.job import Job, attach
+from yadtq_nb.client.names import made_up
+from yadtq_nb.client.options import IfExists, JobOptions
 from yadtq_nb.client.sender import FLUSH, Mailer, Packet, Sender
 from yadtq_nb.config import Config
-from yadtq_nb.errors import BacklogError, CodecError, JobError, JobExistsError, TooLargeError, YadtqError
+from yadtq_nb.errors import (
+    BacklogError,
+    CodecError,
+    JobError,
+    JobExistsError,
+    JobNotFoundError,
+    TooLargeError,
+    YadtqError,
+)
 from yadtq_nb.model import CallStyle, Cancel, Environment, Lane, Seal, new_id
 from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobStore
 
 #: Seconds that exit waits for what is sent to be safe; with no worker to feed it, it may never be.
 _SAFE: Final = 10.0
+#: Pairs of words that are tried for a name before the job's id is.
+_WORDS_TRIED: Final = 5
 
 
 class Link:
@@ -75,8 +88,12 @@ class Link:
         style: CallStyle,
         where: Environment,
         options: JobOptions,
+        key: bytes = b"",
     ) -> Packet:
         """Pickle a function, and give its job an id and a name.
+
+        Args:
+            key: what a job that has a name is compared by, packed.
 
         Raises:
             TypeError: the function cannot be pickled.
@@ -97,7 +114,7 @@ class Link:
         job, name = new_id(), options.name
         packet = Packet(
             job=job,
-            name=name or f"{function_name(fn).rpartition('.')[2].strip('<>')}-{job[-5:]}",
+            name=name or made_up(function_name(fn).rpartition(".")[2].strip("<>"), job),
             named=name is not None,
             function=function,
             function_id=codec.content_hash(function),
@@ -112,6 +129,7 @@ class Link:
             lane=options.lane,
             depth=lending.depth + 1 if lending.in_slot() else 0,
             needs=needed,
+            sameness=key,
         )
         self.publisher(packet.lane)
         if packet.by_blob:
@@ -141,26 +159,65 @@ class Link:
         except Exception:  # as the task will say
             return
 
-    def claim(self, packet: Packet, total: int | None) -> Packet:
+    def claim(self, packet: Packet, total: int | None, if_exists: IfExists | None = None) -> Packet | Job:
         """Make the job known to the queue, under its name; a name that was made up is changed when it is taken.
 
+        Returns:
+            What is to be sent; or the job that has the name, where that is the same or if_exists is "attach".
+
         Raises:
-            JobExistsError: the name is taken.
-            WorkbenchError: Redis cannot be reached.
+            JobExistsError: the name is taken by another job.
+            WorkbenchError, BacklogError: a server cannot be reached.
         """
-        client = f"{socket.gethostname()}:{os.getpid()}"
-        holder = patiently(lambda: self.store.create(packet.manifest(total, client)), PATIENCE)
-        if holder != packet.job and packet.named:
-            raise JobExistsError(
-                f"queue {self.queue!r} has a job {packet.name!r} already (id {holder}): get it with "
-                f"queue.job({packet.name!r}), or choose another name",
-                job=packet.name,
-            )
-        if holder != packet.job:
-            packet = msgspec.structs.replace(packet, name=f"{packet.name}-{packet.job}")
-            patiently(lambda: self.store.create(packet.manifest(total, client)), PATIENCE)
-        self.mailer.send_entry(packet.manifest(total, client))
-        return packet
+        client, wanted = f"{socket.gethostname()}:{os.getpid()}", packet.name
+        for times in itertools.count(1):
+            manifest = packet.manifest(total, client)
+            holder = patiently(functools.partial(self.store.create, manifest), PATIENCE)
+            if holder == packet.job:
+                self.mailer.send_entry(manifest)
+                return packet
+            if not packet.named:
+                packet = msgspec.structs.replace(packet, name=_another_name(packet, times))
+            elif if_exists == "new":
+                packet = msgspec.structs.replace(packet, name=f"{wanted}-{times + 1}")
+            elif if_exists == "replace":
+                self.delete(holder)
+            elif (found := self._same(holder, packet, if_exists)) is not None:
+                return found
+        raise AssertionError("never ends")
+
+    def _same(self, holder: str, packet: Packet, if_exists: IfExists | None) -> Job | None:
+        """Return the job that has the name; None when it has gone meanwhile.
+
+        Raises:
+            JobExistsError: it is another one.
+        """
+        try:
+            record = patiently(lambda: self.store.record(holder), PATIENCE)
+        except JobNotFoundError:
+            return None
+        if record is None:
+            return None
+        if if_exists is None:
+            theirs = sameness.unpack(patiently(lambda: self.store.sameness(holder), PATIENCE))
+            ours = sameness.unpack(packet.sameness)
+            if not ours.is_same(theirs):
+                raise self._taken(packet.name, holder, theirs, ours)
+        return attach(self, record)
+
+    def _taken(self, name: str, holder: str, theirs: sameness.Sameness, ours: sameness.Sameness) -> JobExistsError:
+        differing = sameness.differences(theirs, ours)
+        if differing:
+            what = f"it differs in {', '.join(differing)}"
+        else:
+            what = f"whether this is the same cannot be told: {ours.trouble or theirs.trouble or 'another version'}"
+        return JobExistsError(
+            f"queue {self.queue!r} has a job {name!r} already (id {holder}), and {what}. Ways out: if_exists='attach' "
+            f"takes the job that is there, if_exists='replace' cancels and deletes it and runs this one, "
+            f"if_exists='new' runs this one as '{name}-2' or the like; or choose another name",
+            job=name,
+            differing=differing,
+        )
 
     def withdraw(self, packet: Packet) -> None:
         """Give a job's name back when nothing of it was sent."""
@@ -250,6 +307,17 @@ class Link:
                 sender.stop()
         return cancelled
 
+    def delete(self, job: str) -> bool:
+        """Delete a job; see Job.delete."""
+        # To Kafka first, as with a cancel.
+        self.mailer.send_entry(Cancel(job, "deleted"))
+        self.mailer.flush()
+        existed = patiently(lambda: self.store.delete(job), PATIENCE)
+        for sender in self._senders:
+            if sender.job == job:
+                sender.stop()
+        return existed
+
     def bring_back(self, job: str) -> int:
         """Send the lost tasks of a job again, from Kafka's log; see Job.retry."""
         known = self.store.record(job)
@@ -327,6 +395,12 @@ def function_name(fn: Callable[..., Any]) -> str:
         fn = fn.func
     name = getattr(fn, "__qualname__", None) or type(fn).__qualname__
     return name.rpartition("<locals>.")[2]
+
+
+def _another_name(packet: Packet, times: int) -> str:
+    """Return a name instead of one that was made up and is taken; after some words, one that nobody else has."""
+    short = packet.function_name.rpartition(".")[2].strip("<>")
+    return made_up(short, packet.job, times) if times < _WORDS_TRIED else f"{short}-{packet.job}"
 
 
 def _is_coroutine_function(fn: Callable[..., Any]) -> bool:

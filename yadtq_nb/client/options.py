@@ -9,7 +9,7 @@ import operator
 import time
 from collections.abc import Callable
 from numbers import Real
-from typing import Any, Final, TypedDict, get_args
+from typing import Any, Final, Literal, TypedDict, get_args
 
 import msgspec
 
@@ -22,8 +22,11 @@ from yadtq_nb.model import Lane, Policy, Priority
 ChunkSize = int | str
 Seconds = float | datetime.timedelta
 ErrorTypes = type[BaseException] | tuple[type[BaseException], ...]
+#: What is done when the name is taken.
+IfExists = Literal["attach", "replace", "new"]
 
 _PRIORITIES: Final = get_args(Priority)
+_IF_EXISTS: Final = get_args(IfExists)
 #: Longest time that can be asked for, in seconds: a century.
 _LONGEST: Final = 100 * 365 * 86_400.0
 
@@ -32,6 +35,7 @@ class Given(TypedDict, total=False):
     """The options, as keyword arguments; see Queue.map."""
 
     name: str | None
+    if_exists: IfExists | None
     chunksize: ChunkSize
     retries: int
     backoff: Seconds
@@ -65,6 +69,8 @@ class JobOptions(msgspec.Struct, frozen=True):
     """The options of one job, checked."""
 
     name: str | None
+    #: None to attach to the job that has the name when it is the same.
+    if_exists: IfExists | None
     #: None to measure it.
     chunksize: int | None
     retries: int
@@ -99,6 +105,7 @@ class JobOptions(msgspec.Struct, frozen=True):
 def check(
     *,
     name: str | None = None,
+    if_exists: IfExists | None = None,
     chunksize: ChunkSize = "auto",
     retries: int = 0,
     backoff: Seconds = 1.0,
@@ -120,12 +127,13 @@ def check(
         raise TypeError(f"retry_on must be an exception class or a tuple of them, not {retry_on!r}")
     return JobOptions(
         name=_name(name),
+        if_exists=_if_exists(if_exists, name),
         chunksize=_chunk_size(chunksize),
         retries=_count("retries", retries, 0),
         backoff=_seconds("backoff", backoff),
         max_delay=_seconds("max_delay", max_delay),
         retry_types=types,
-        timeout=0.0 if timeout is None else _positive("timeout", timeout),
+        timeout=0.0 if timeout is None else positive("timeout", timeout),
         max_crashes=0 if max_crashes is None else _count("max_crashes", max_crashes, 1),
         start_after=_moment("start_after", start_after),
         deadline=_moment("deadline", deadline),
@@ -158,6 +166,14 @@ def _name(name: str | None) -> str | None:
     if not name or name != name.encode("utf-8", "replace").decode():
         raise ValueError(f"{name!r} cannot be the name of a job: it is empty, or no valid text")
     return name
+
+
+def _if_exists(if_exists: Any, name: str | None) -> IfExists | None:
+    if if_exists is not None and if_exists not in _IF_EXISTS:
+        raise ValueError(f"if_exists must be 'attach', 'replace', 'new' or None, not {if_exists!r}")
+    if if_exists is not None and name is None:
+        raise ValueError("if_exists goes with name=: a job whose name is made up has one that nobody else has")
+    return if_exists  # type: ignore[no-any-return]  # checked
 
 
 def _chunk_size(chunksize: Any) -> int | None:
@@ -201,7 +217,12 @@ def _moment(option: str, value: Any) -> Moment:
     return Moment(delay=_seconds(option, value))
 
 
-def _positive(option: str, value: Any) -> float:
+def positive(option: str, value: Any) -> float:
+    """Return seconds or a timedelta as seconds.
+
+    Raises:
+        TypeError, ValueError: it is neither, or not more than 0.
+    """
     seconds = _seconds(option, value)
     if not seconds:
         raise ValueError(f"{option} must be more than 0; None sets no limit")

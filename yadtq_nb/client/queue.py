@@ -17,7 +17,7 @@ from yadtq_nb.client import options
 from yadtq_nb.client.future import TaskFuture
 from yadtq_nb.client.inbox import PATIENCE
 from yadtq_nb.client.job import Job
-from yadtq_nb.client.options import ChunkSize, ErrorTypes, Given, JobOptions, Seconds
+from yadtq_nb.client.options import ChunkSize, ErrorTypes, Given, IfExists, JobOptions, Seconds
 from yadtq_nb.config import Config
 from yadtq_nb.errors import ConfigError, JobNotFoundError, WorkbenchError, YadtqError
 from yadtq_nb.model import CallStyle, Environment, Priority
@@ -95,6 +95,7 @@ class Queue:
         /,
         *iterables: Iterable[Any],
         name: str | None = None,
+        if_exists: IfExists | None = None,
         kwargs: dict[str, Any] | None = None,
         chunksize: ChunkSize = "auto",
         retries: int = 0,
@@ -116,7 +117,13 @@ class Queue:
                 on the queue, without a slot held meanwhile, and passed by value: of a job the list of its results. A
                 job as an iterable gives its values one by one, so that the new tasks begin before it ends. Where it
                 failed or was cancelled, the task fails with DependencyError.
-            name: of the job; made from fn's name when not given.
+            name: of the job; made from fn's name and two words when not given. When a job has it already, running or
+                done, and its function, items and options are the same, that job is returned: a cell can be run again.
+                The same means: the same code, whatever its comments and docstrings, of fn and of all functions, classes
+                and local modules that it uses; the same defaults, closures, globals and kwargs; items that are equal.
+                Not chunksize, priority, start_after and deadline.
+            if_exists: what to do when the name is taken, whatever differs: "attach" returns the job that has it,
+                "replace" cancels and deletes that one and runs this one, "new" adds -2, -3, ... to the name.
             kwargs: keyword arguments that are the same for every call; futures and jobs as above.
             chunksize: tasks that travel together, at most 2,000; measured by default.
             retries: how often a task that raises is tried again, it alone; no slot waits meanwhile. The last error
@@ -136,7 +143,7 @@ class Queue:
                 slot may wait for it.
 
         Raises:
-            JobExistsError: the name is taken.
+            JobExistsError: the name is taken by another job, or it cannot be told whether it is another.
             JobError: a future or job belongs to another queue.
             TypeError, ValueError: an option is not what it must be.
             WorkbenchError, BacklogError: Redis or Kafka cannot be reached.
@@ -145,6 +152,7 @@ class Queue:
             raise TypeError("map() needs at least one iterable beside the function")
         checked = options.check(
             name=name,
+            if_exists=if_exists,
             chunksize=chunksize,
             retries=retries,
             backoff=backoff,
@@ -195,11 +203,12 @@ class Queue:
     def _submit(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], chosen: JobOptions) -> Any:
         _check_call(fn)
         link = self._link()
-        packet = link.packet(fn, {}, "call", _environment(fn, link), chosen)
+        key = _key(fn, [(args, kwargs)], {}, "call", chosen)
+        packet = link.packet(fn, {}, "call", _environment(fn, link), chosen, key)
         if not packet.named and not packet.deadline:
             return link.post_one(packet, (args, kwargs))[0]
         link.check(args, kwargs)
-        return self._post(link, packet, [(args, kwargs)], 1, 1)[0]
+        return self._post(link, packet, [(args, kwargs)], 1, 1, chosen.if_exists)[0]
 
     def _send(
         self,
@@ -218,8 +227,9 @@ class Queue:
         link = self._link()
         if isinstance(items, list) and not _BY_VALUE.isdisjoint(map(type, items)):
             link.check(*(item for item in items if type(item) in _BY_VALUE))
-        packet = link.packet(fn, kwargs or {}, style, _environment(fn, link, items), chosen)
-        return self._post(link, packet, items, total, chosen.chunksize)
+        key = _key(fn, items, kwargs or {}, style, chosen)
+        packet = link.packet(fn, kwargs or {}, style, _environment(fn, link, items), chosen, key)
+        return self._post(link, packet, items, total, chosen.chunksize, chosen.if_exists)
 
     def _values_of(self, iterable: Iterable[Any]) -> Iterable[Any]:
         """Return what is to be mapped over: a job stands for its values."""
@@ -229,10 +239,19 @@ class Queue:
         return iterable.later()
 
     def _post(
-        self, link: Link, packet: Packet, items: list[Any] | Iterator[Any], total: int | None, chunksize: int | None
+        self,
+        link: Link,
+        packet: Packet,
+        items: list[Any] | Iterator[Any],
+        total: int | None,
+        chunksize: int | None,
+        if_exists: IfExists | None,
     ) -> Job:
         try:
-            return link.post(link.claim(packet, total), items, total, chunksize, self._slots)
+            claimed = link.claim(packet, total, if_exists)
+            if isinstance(claimed, Job):
+                return claimed
+            return link.post(claimed, items, total, chunksize, self._slots)
         except BaseException:  # Ctrl-C, or a server that has gone: the same cell can be run again
             link.withdraw(packet)
             raise
@@ -405,6 +424,22 @@ _NAME_CHARACTERS: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQ
 def _check_call(fn: Callable[..., Any]) -> None:
     if not callable(fn):
         raise TypeError(f"the first argument must be callable, not {type(fn).__name__}")
+
+
+def _key(
+    fn: Callable[..., Any],
+    items: list[Any] | Iterator[Any],
+    kwargs: Mapping[str, Any],
+    style: CallStyle,
+    chosen: JobOptions,
+) -> bytes:
+    """Return what a job is compared by when its name is wanted again; nothing for one that nobody named."""
+    if chosen.name is None:
+        return b""
+    from yadtq_nb.client import sameness
+    from yadtq_nb.client.link import function_name
+
+    return sameness.of(fn, function_name(fn), items, kwargs=kwargs, style=style, options=chosen).packed()
 
 
 def _zipped(iterables: tuple[Iterable[Any], ...]) -> Iterable[Any]:

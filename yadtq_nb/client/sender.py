@@ -27,6 +27,7 @@ from yadtq_nb.errors import (
     JobCancelledError,
     JobError,
     JobIncompleteError,
+    JobNotFoundError,
     JobTimeoutError,
     TooLargeError,
     WorkbenchError,
@@ -78,6 +79,8 @@ class Packet(msgspec.Struct, frozen=True):
     depth: int = 0
     #: What the function and its fixed keyword arguments need of other jobs.
     needs: tuple[Need, ...] = ()
+    #: What it is compared by, packed; empty when nobody chose its name.
+    sameness: bytes = b""
 
     def manifest(self, total: int | None, client: str) -> Manifest:
         """Return what the queue is told before the first chunk."""
@@ -92,6 +95,7 @@ class Packet(msgspec.Struct, frozen=True):
             parameters=self.parameters,
             deadline=self.deadline,
             lane=self.lane,
+            sameness=self.sameness,
         )
 
     def head(
@@ -201,7 +205,7 @@ class Mailer:
         if by_reference:
             sealed = codec.seal(self._config.key, codec.ARGUMENTS, *arguments)
             try:
-                patiently(lambda: self._store.put_blob(f"{packet.job}-{number}", sealed), _PATIENCE)
+                patiently(lambda: self._store.put_arguments(packet.job, number, sealed), _PATIENCE)
             except TooLargeError as exc:
                 if total >= 0:  # the only task of its job, sent by the caller's own thread
                     raise
@@ -341,7 +345,7 @@ class Sender:
             self.finished.set()
 
     def _give_up(self, exc: BaseException) -> None:
-        if isinstance(self._board.failure, JobCancelledError | JobTimeoutError):
+        if isinstance(self._board.failure, JobCancelledError | JobTimeoutError | JobNotFoundError):
             return  # ended for everyone, as the queue knows
         log.warning("job %s was not sent whole: %s", self._packet.name, exc)
         failure = JobIncompleteError(

@@ -11,7 +11,7 @@ import msgspec
 
 from yadtq_nb import codec
 from yadtq_nb.config import Config
-from yadtq_nb.errors import SignatureError, TooLargeError
+from yadtq_nb.errors import JobNotFoundError, SignatureError, TooLargeError
 from yadtq_nb.model import CallStyle, Cancel, Lane, Manifest, Seal, WorkerInfo, WorkerView
 from yadtq_nb.workbench.bench import Cursor
 from yadtq_nb.workbench.connection import ALWAYS_FITS, Connection
@@ -55,7 +55,7 @@ class JobRecord(msgspec.Struct, frozen=True):
     cancelled: int
     #: Outcomes that came after another of the same task, and were dropped.
     late: int
-    #: Bytes of inputs and results kept.
+    #: Bytes of inputs, results and large arguments kept.
     bytes: int
     #: When the last outcome came, or None.
     ended: float | None
@@ -65,7 +65,7 @@ class JobRecord(msgspec.Struct, frozen=True):
     expires: float
     #: Names of the function's parameters.
     parameters: tuple[str, ...] = ()
-    #: Why it was ended before its time ("cancelled", "deadline", "lost"), or "".
+    #: Why it was ended before its time ("cancelled", "deadline", "lost", "deleted"), or "".
     cancel: str = ""
     #: Tasks whose outcome, or whose record, was lost with a server's data.
     lost: int = 0
@@ -170,6 +170,7 @@ class JobStore:
                 ",".join(m.parameters),
                 m.deadline,
                 m.lane,
+                m.sameness,
             ).decode()
         )
 
@@ -188,6 +189,27 @@ class JobStore:
             WorkbenchError: Redis cannot be reached.
         """
         return int(self._redis.call("cancel", cancel.id, cancel.reason, int(self._config.keep)))
+
+    def delete(self, job: str) -> bool:
+        """Forget a job and all that is kept of it. May be sent twice; False when it was deleted before.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached.
+        """
+        return bool(self._redis.call("delete", job, int(self._config.keep)))
+
+    def keep(self, job: str, seconds: float) -> bool:
+        """Have a job expire so many seconds after its end, or from now if it has ended. False when it is gone.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached.
+        """
+        return bool(self._redis.call("keep", job, max(1, round(seconds))))
+
+    def sameness(self, job: str) -> bytes:
+        """Return what a job is compared by, packed; empty when it has nothing of that kind."""
+        with self._redis.use() as client:
+            return client.get(self._key(job, "sameness")) or b""
 
     def reopen(self, job: str) -> bool:
         """Have a job that has lost tasks go on, since these are about to be sent again. False when it has lost none."""
@@ -243,8 +265,21 @@ class JobStore:
         with self._redis.use() as client:
             client.delete(self._key(job, "sending"))
 
+    def put_arguments(self, job: str, number: int, data: bytes) -> None:
+        """Keep arguments that are too large for their chunk, for as long as their job is kept.
+
+        Raises:
+            TooLargeError, WorkbenchError: see put_blob.
+        """
+        keep = int(self._config.keep * 4)
+        with self._redis.use() as client:
+            # Noted first: whatever is noted goes with its job.
+            blobs = self._key(job, "blobs")
+            client.pipeline(transaction=False).hset(blobs, str(number), len(data)).expire(blobs, keep).execute()
+        self.put_blob(f"{job}-{number}", data)
+
     def put_blob(self, name: str, data: bytes) -> bool:
-        """Keep a function, a source tree or large arguments under a name. True when they were not there yet.
+        """Keep a function or a source tree under a name. True when it was not there yet.
 
         Raises:
             TooLargeError: Redis does not take so much.
@@ -304,8 +339,15 @@ class JobStore:
         return name_or_id if exists else None
 
     def record(self, job: str) -> JobRecord | None:
-        """Return one job, or None when the queue does not know it (yet, or any more)."""
-        return next(iter(self.records([job])), None)
+        """Return one job, or None when the queue does not know it (yet, or any more).
+
+        Raises:
+            JobNotFoundError: it was deleted.
+        """
+        found = next(iter(self.records([job])), None)
+        if found is not None and found.cancel == "deleted":
+            raise deleted(job)
+        return found
 
     def recent(self, seconds: float, limit: int) -> tuple[list[JobRecord], int]:
         """Return the newest of the jobs that were made within so many seconds, and how many there are of these."""
@@ -325,13 +367,14 @@ class JobStore:
             pipe.time()
             for job in ids:
                 pipe.hgetall(self._key(job)).exists(self._key(job, "sending")).ttl(self._key(job))
+                pipe.hvals(self._key(job, "blobs"))
             (seconds, micros), *cells = pipe.execute()
             now = seconds + micros / 1e6
             found = []
             for n, job in enumerate(ids):
-                fields, sending, ttl = cells[3 * n : 3 * n + 3]
+                fields, sending, ttl, blobs = cells[4 * n : 4 * n + 4]
                 if fields:
-                    found.append(_record(fields, bool(sending), now, ttl))
+                    found.append(_record(fields, bool(sending), now, ttl, sum(map(int, blobs))))
                 elif jobs is None:
                     client.zrem(self._redis.key("jobs"), job)
             return found
@@ -478,7 +521,12 @@ def _news(fields: dict[bytes, bytes]) -> News:
     )
 
 
-def _record(fields: dict[bytes, bytes], sending: bool, now: float, ttl: int) -> JobRecord:
+def deleted(job: str) -> JobNotFoundError:
+    """Say that a job is gone."""
+    return JobNotFoundError(f"job {job!r} was deleted by job.delete(): nothing of it is kept", job=job)
+
+
+def _record(fields: dict[bytes, bytes], sending: bool, now: float, ttl: int, blobs: int) -> JobRecord:
     def count(name: bytes) -> int:
         return int(fields.get(name, b"0"))
 
@@ -498,7 +546,7 @@ def _record(fields: dict[bytes, bytes], sending: bool, now: float, ttl: int) -> 
         failed=count(b"failed"),
         cancelled=count(b"cancelled"),
         late=count(b"late"),
-        bytes=count(b"bytes"),
+        bytes=count(b"bytes") + blobs,
         ended=float(ended) if ended else None,
         now=now,
         expires=float(ttl),

@@ -52,6 +52,8 @@ def _restore(store: JobStore, entry: journal.Entry) -> None:
         store.put_blob(entry.name, entry.data)
     elif isinstance(entry, journal.Manifest):
         store.create(entry)
+    elif isinstance(entry, journal.Cancel) and entry.reason == "deleted":
+        store.delete(entry.id)
     elif isinstance(entry, journal.Cancel):
         store.cancel(entry)
     else:

@@ -310,26 +310,45 @@ local function tell(job, ...)
   redis.call('XADD', key('news'), 'MAXLEN', '~', 8192, '*', 'q', seq, 'j', job, ...)
 end
 
--- All keys of a job live for so many seconds from now.
+local JOB_PARTS = {'in', 'out', 'finished', 'failed', 'dropped', 'spans', 'places', 'sameness', 'blobs'}
+
+-- The keys of arguments that were too large for their chunks.
+local function blobs_of(job)
+  local names = redis.call('HKEYS', job_key(job, 'blobs'))
+  for i, number in ipairs(names) do
+    names[i] = key('blob:' .. job .. '-' .. number)
+  end
+  return names
+end
+
+-- All keys of a job live for so many seconds from now, and so does its hold of the name.
 local function expire_job(job, seconds)
-  for _, part in ipairs({'in', 'out', 'finished', 'failed', 'dropped', 'spans', 'places'}) do
+  for _, blob in ipairs(blobs_of(job)) do
+    redis.call('EXPIRE', blob, seconds)
+  end
+  for _, part in ipairs(JOB_PARTS) do
     redis.call('EXPIRE', job_key(job, part), seconds)
   end
   redis.call('EXPIRE', job_key(job), seconds)
+  local called = redis.call('HGET', job_key(job), 'name')
+  if called and redis.call('GET', key('name:' .. called)) == job then
+    redis.call('EXPIRE', key('name:' .. called), seconds)
+  end
+end
+
+-- What is left of a deleted job is a mark: chunks of it that come from Kafka later are passed by.
+local function is_deleted(job)
+  return redis.call('HGET', job_key(job), 'cancel') == 'deleted'
 end
 
 local function end_job(job, now, keep)
   local name = job_key(job)
   redis.call('HSET', name, 'ended', string.format('%.6f', now))
   tell_waiters(job, '-inf', '+inf')
-  expire_job(job, keep)
+  -- Someone may have said how long it shall be kept.
+  expire_job(job, tonumber(redis.call('HGET', name, 'keep') or keep))
   redis.call('ZREM', key('deadlines'), job)
   redis.call('SREM', key('sealed'), job)
-  local called = redis.call('HGET', name, 'name')
-  local holder = called and redis.call('GET', key('name:' .. called))
-  if holder == job then
-    redis.call('EXPIRE', key('name:' .. called), keep)
-  end
 end
 
 -- End a job now: every task without an outcome is cancelled by this one entry. What waits leaves the line; what runs

@@ -1,7 +1,12 @@
 #!lua
 -- create: claim a name for a job. Returns the id that holds the name, so that the caller sees whether it is its own.
--- ARGV: id, name, function, created, total, style, client, keep, parameter names, deadline (0 for none), lane.
+-- A job that was deleted stays so: its manifest may still lie in the jobs topic.
+-- ARGV: id, name, function, created, total, style, client, keep, parameter names, deadline (0 for none), lane, what it
+-- is compared by ('' for nothing).
 local id, name = ARGV[1], ARGV[2]
+if is_deleted(id) then
+  return id
+end
 local name_key = key('name:' .. name)
 local holder = redis.call('GET', name_key)
 if holder and holder ~= id and redis.call('EXISTS', job_key(holder)) == 1 then
@@ -18,5 +23,8 @@ if redis.call('HSETNX', job_key(id), 'name', name) == 1 then
     redis.call('ZADD', key('deadlines'), ARGV[10], id)
   end
   redis.call('EXPIRE', job_key(id), tonumber(ARGV[8]) * 4)
+end
+if ARGV[12] ~= '' and not has_ended(id) then
+  redis.call('SET', job_key(id, 'sameness'), ARGV[12], 'EX', tonumber(ARGV[8]) * 4)
 end
 return id

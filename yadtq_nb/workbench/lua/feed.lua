@@ -33,10 +33,10 @@ local function job_of(c)
   local job = jobs[c[1]]
   if not job then
     local name = job_key(c[1])
-    local f = redis.call('HMGET', name, 'name', 'ended', 'cancelled')
+    local f = redis.call('HMGET', name, 'name', 'ended', 'cancelled', 'cancel')
     job = {name = name, known = f[1], ended = f[2], dropped = f[3], bytes = 0, fed = 0, running = 0, spans = ''}
     jobs[c[1]] = job
-    if not job.known then
+    if not job.known and f[4] ~= 'deleted' then
       redis.call('HSET', name, 'id', c[1], 'name', c[7], 'function', c[8], 'created', c[10], 'style', c[11], 'lane', lane)
       -- Its seal may have come before, when Redis had lost the job.
       redis.call('HSETNX', name, 'total', c[9])

@@ -9,7 +9,7 @@ end
 if redis.call('GET', key('name:' .. f[3])) == ARGV[1] then
   redis.call('DEL', key('name:' .. f[3]))
 end
-redis.call('DEL', name, job_key(ARGV[1], 'sending'))
+redis.call('DEL', name, job_key(ARGV[1], 'sending'), job_key(ARGV[1], 'sameness'))
 redis.call('ZREM', key('jobs'), ARGV[1])
 redis.call('ZREM', key('deadlines'), ARGV[1])
 return 1
