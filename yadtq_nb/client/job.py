@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, overload
 
 from yadtq_nb import codec
-from yadtq_nb.client.board import Board, Failure, Outcomes, cancelled, revive
+from yadtq_nb.client.board import Board, Failure, Outcomes, Table, cancelled, revive
 from yadtq_nb.client.future import TaskFuture, waiting
 from yadtq_nb.client.inbox import PATIENCE, Inbox, job_state
 from yadtq_nb.errors import (
@@ -30,6 +30,7 @@ from yadtq_nb.workbench.jobs import JobRecord, JobStore
 if TYPE_CHECKING:
     import pandas as pd
 
+    from yadtq_nb.client.columns import Backend
     from yadtq_nb.notebook.live import LiveCard
 
 #: What results() does with tasks that failed.
@@ -362,26 +363,37 @@ class Job(Sequence[Future[Any]]):
 
     # As a table.
 
-    def to_frame(self) -> pd.DataFrame:
-        """Block until the job is done, and return one row for each task.
+    def to_frame(
+        self, *, partial: bool = False, meta: bool | None = None, dtype_backend: Backend | None = None
+    ) -> pd.DataFrame:
+        """Block until the job is done, and return one row for each task, indexed by the task's index.
 
-        Columns: the item (`input`, or one column for each part of it), the value (`value`, or one column for each
-        part of it), `state`, `error`, `worker`, `started` (UTC), `seconds`, `attempt`; the index is the task's index.
+        Columns: the item (`input`, or a column for each part of it: parameters, keys of a dict, fields of a row), the
+        value (`value`, or a column for each key of a dict, record or Series), `state`, `error`, `worker`, `started`
+        (UTC), `seconds`, `attempt`. Arrays and lists stay whole in their column. Inputs that have gone are left out.
+
+        Where every value is a DataFrame (or None, for no rows), their rows are put one below the other, indexed by
+        (task's index, the frame's own index), in the frames' columns alone; a warning tells of tasks that have none.
+        Where some values are frames and others not, all stay whole in the column `value`.
+
+        A job of queue.map_frame gives its frame put together again; see there.
+
+        Args:
+            partial: do not wait; what has no outcome yet is `queued`, its value missing.
+            meta: True for `state` and what follows it also where values are frames, with the columns of the input,
+                repeated beside each row, and one row for each task that gave none; False for never.
+            dtype_backend: "numpy_nullable" or "pyarrow" as pandas names them; None for numpy's dtypes where they fit.
+
+        Raises:
+            ImportError: pyarrow is asked for and not installed.
+            JobError: the job's outcomes cannot be had. Failed tasks, and those that were cancelled, raise nothing.
         """
-        from yadtq_nb.client import frame
+        from yadtq_nb.client import columns, frame
 
-        self.want()
-        self._wait(self._board.complete, None)
-        self._raise_failure("skip")
-        total = self._known_total()
-        table = self._board.table(self._highest() if total is None else total)
-        if isinstance(self._board.failure, JobCancelledError | JobTimeoutError):
-            table.states = table.states.replace(b"Q", b"C")
-        elif self.lost:
-            table.states = table.states.replace(b"Q", b"L")
-        items = self._inputs()
+        columns.check_backend(dtype_backend)
+        table = self._table(partial)
         return frame.build_frame(
-            items if len(items) == len(table.states) else None,
+            self._inputs(len(table.states)),
             [None if isinstance(value, Failure) else value for value in table.values],
             table.states,
             table.errors,
@@ -391,10 +403,30 @@ class Job(Sequence[Future[Any]]):
             table.attempts,
             style=self._style,
             parameters=self._parameters,
+            meta=meta,
+            dtype_backend=dtype_backend,
+            silent=partial,
         )
 
-    def _inputs(self) -> list[Any]:
-        items: list[Any] = []
+    def _table(self, partial: bool) -> Table:
+        """Return the outcomes, all of them or what there is."""
+        self.want()
+        if partial:
+            patiently(lambda: self._link.inbox.fetch(self._board), PATIENCE)
+        else:
+            self._wait(self._board.complete, None)
+            self._raise_failure("skip")
+        total = self._known_total()
+        table = self._board.table(self._highest() if total is None else total)
+        if isinstance(self._board.failure, JobCancelledError | JobTimeoutError):
+            table.states = table.states.replace(b"Q", b"C")
+        elif self.lost:
+            table.states = table.states.replace(b"Q", b"L")
+        return table
+
+    def _inputs(self, total: int) -> list[Any] | None:
+        """Return the items, or None when none is there; a BrokenItem stands for one that is not."""
+        items: list[Any] | None = None
         for record in self._link.store.inputs(self.id):
             head, _, arguments = codec.decode_chunk(self._link.key, record)
             if head.by_reference:
@@ -404,8 +436,10 @@ class Job(Sequence[Future[Any]]):
                 found = codec.loads_home(arguments) if len(arguments) else None
             except Exception:  # whatever the user's objects do when they are unpickled here
                 found = None
-            items += found or [BrokenItem(head.first + offset, "") for offset in range(head.count)]
-        return items
+            if found is not None and head.first + head.count <= total:
+                items = [BrokenItem(index, "") for index in range(total)] if items is None else items
+                items[head.first : head.first + head.count] = found
+        return [] if not total else items
 
     # How it looks.
 
