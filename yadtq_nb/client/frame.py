@@ -44,6 +44,7 @@ META_COLUMNS: Final = ("state", "error", "worker", "started", "seconds", "attemp
 _STATES: Final = tuple(State)
 #: What a byte that is no outcome stands for.
 _UNFINISHED: Final = State.QUEUED
+_SUCCEEDED: Final = _STATES.index(State.SUCCEEDED)
 
 
 def build_frame(
@@ -82,7 +83,7 @@ def build_frame(
     """
     check_backend(dtype_backend)
     codes = _state_codes(states)
-    succeeded = codes == _STATES.index(State.SUCCEEDED)
+    succeeded = codes == _SUCCEEDED
     stacked = are_frames(values, succeeded)
     inputs = {} if items is None or (stacked and not meta) else _input_columns(items, style, parameters)
     outcome = {
@@ -221,7 +222,9 @@ def stack(
     wide = pd.DataFrame({i: spread(body.iloc[:, i].array, rows) for i in range(body.shape[1])}, copy=False)
     wide.columns = _labels_apart(body.columns, beside)
     wide.index = _under(index.take(tasks), _spread_index(body.index, rows))
-    left, right = (pd.DataFrame(each, pd.RangeIndex(len(values))).take(tasks) for each in (beside.inputs, beside.outcome))
+    left, right = (
+        pd.DataFrame(each, pd.RangeIndex(len(values))).take(tasks) for each in (beside.inputs, beside.outcome)
+    )
     left.index = right.index = wide.index
     return pd.concat([left, wide, right], axis=1)
 
@@ -246,6 +249,11 @@ def _under(outer: pd.Index[Any], inner: pd.Index[Any]) -> pd.MultiIndex:
 
 
 # --- Outcomes ---------------------------------------------------------------------------------------------------------
+
+
+def succeeded(states: bytes | bytearray) -> npt.NDArray[np.bool_]:
+    """Tell for each task whether it has a value, by a byte as in STATE_CODES."""
+    return np.equal(_state_codes(states), _SUCCEEDED)
 
 
 def _state_codes(states: Sequence[State] | bytes | bytearray) -> npt.NDArray[np.intp]:

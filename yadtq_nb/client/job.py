@@ -392,16 +392,30 @@ class Job(Sequence[Future[Any]]):
 
         columns.check_backend(dtype_backend)
         table = self._table(partial)
+        items = self._inputs(len(table.states))
+        values = [None if isinstance(value, Failure) else value for value in table.values]
+        if self._style == "part" and items is not None:
+            from yadtq_nb.client import fan
+
+            succeeded = frame.succeeded(table.states)
+            whole = None
+            if not meta:
+                whole = fan.put_together(
+                    items, values, succeeded, table.errors, dtype_backend=dtype_backend, silent=partial
+                )
+            if whole is not None:
+                return whole
+            items = fan.labels(items)
         return frame.build_frame(
-            self._inputs(len(table.states)),
-            [None if isinstance(value, Failure) else value for value in table.values],
+            items,
+            values,
             table.states,
             table.errors,
             table.workers,
             table.started,
             table.seconds,
             table.attempts,
-            style=self._style,
+            style="item" if self._style == "part" else self._style,
             parameters=self._parameters,
             meta=meta,
             dtype_backend=dtype_backend,
