@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from yadtq_nb.client.columns import Backend
     from yadtq_nb.notebook.live import LiveCard
+    from yadtq_nb.notebook.timeline import Timeline
 
 #: What results() does with tasks that failed.
 Errors = Literal["raise", "return", "skip"]
@@ -421,6 +422,22 @@ class Job(Sequence[Future[Any]]):
             dtype_backend=dtype_backend,
             silent=partial,
         )
+
+    def timeline(self) -> Timeline:
+        """Return a matplotlib figure of when which worker ran what: a bar for each task that has its outcome by now.
+
+        A worker has as many lanes as it ran tasks at a time. Only the last attempt of a task is recorded. As the last
+        expression of a cell the figure shows itself; timeline().savefig("timeline.svg") keeps it.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        try:
+            from yadtq_nb.notebook import timeline
+        except ImportError as exc:
+            raise ImportError("job.timeline() needs matplotlib: pip install matplotlib") from exc
+        table = self._table(partial=True)
+        return timeline.draw(self.name, table.states, table.workers, table.started, table.seconds)
 
     def _table(self, partial: bool) -> Table:
         """Return the outcomes, all of them or what there is."""
