@@ -52,6 +52,7 @@ def test_ten_thousand_tasks_are_few_bars_and_one_failure_is_seen() -> None:
     assert len(bars) < 10
     assert any(5 <= left <= 5.001 and right - left > 0.01 for left, right, _ in bars)
     assert _legend(figure) == ["9,999 succeeded", "1 failed"]
+    assert "drawn as one bar" in figure.axes[0].get_xlabel()
 
 
 def test_what_did_not_run_is_left_out_and_nothing_gives_an_empty_figure() -> None:

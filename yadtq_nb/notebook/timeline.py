@@ -30,8 +30,8 @@ from yadtq_nb.notebook.words import duration
 _OVERLAP: Final = (1e-6, 1e-4)
 #: What is drawn of a time axis, in pixels: bars closer than one of these are drawn as one.
 _PIXELS: Final = 2_000
-#: Tasks up to this number in a lane have a gap between them.
-_SINGLE: Final = 120
+#: Up to this number of tasks in a lane each has a bar of its own, with a gap between them.
+_SINGLE: Final = 250
 #: Lanes up to this number have their full height, in inches; more share what these have.
 _LANES, _HEIGHT = 32, 0.26
 #: Names of workers that are legible beside one another.
@@ -83,9 +83,13 @@ def draw(
     axes = figure.add_subplot()
     factor, unit = _unit(span or 1.0)
     first = np.concatenate([[0], np.cumsum(counts)[:-1]]) if len(nodes) else np.zeros(0, dtype=int)
-    _draw_bars(axes, begin / factor, end / factor, first[node] + lane, np.frombuffer(states, dtype=np.uint8)[ran])
+    lane = first[node] + lane
+    single = not len(ran) or int(np.bincount(lane).max()) <= _SINGLE
+    gap = 0.0 if single else span / factor / _PIXELS
+    _draw_bars(axes, begin / factor, end / factor, lane, np.frombuffer(states, dtype=np.uint8)[ran], gap)
     _draw_workers(axes, nodes, first, counts)
-    axes.set_xlabel(f"{unit} since the first task began", fontsize=9)
+    alike = "" if single else "; tasks without a gap are drawn as one bar"
+    axes.set_xlabel(f"{unit} since the first task began{alike}", fontsize=9)
     axes.set_xlim(0, span / factor or 1)
     if not len(ran):
         axes.text(0.5, 0.5, "no task has run yet", ha="center", va="center", color="grey", transform=axes.transAxes)
@@ -135,9 +139,9 @@ def _draw_bars(
     end: npt.NDArray[np.float64],
     lane: npt.NDArray[np.intp],
     codes: npt.NDArray[np.uint8],
+    gap: float,
 ) -> None:
     pixel = float(end.max()) / _PIXELS if len(end) else 0.0
-    single = not len(lane) or int(np.bincount(lane).max()) <= _SINGLE
     names = {str(state): code for code, state in STATE_OF_CODE.items()}
     shown = []
     for state, colour in _COLOURS.items():
@@ -145,12 +149,12 @@ def _draw_bars(
         if not of_state.any():
             continue
         shown.append(Patch(color=colour, label=f"{int(of_state.sum()):,} {state}"))
-        left, right, where = _merged(begin[of_state], end[of_state], lane[of_state], 0.0 if single else pixel)
+        left, right, where = _merged(begin[of_state], end[of_state], lane[of_state], gap)
         # So that a short one is seen: a failure among ten thousand above all.
         right = np.maximum(right, left + (3 if state == "failed" else 1) * pixel)
         low, high = where - 0.42, where + 0.42
         corners = np.stack([left, low, left, high, right, high, right, low], axis=1).reshape(-1, 4, 2)
-        edge = "white" if single else "none"
+        edge = "none" if gap else "white"
         axes.add_collection(PolyCollection(list(corners), facecolors=[colour], edgecolors=edge, linewidths=0.6))
     if shown:
         axes.legend(
