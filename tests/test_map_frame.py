@@ -70,7 +70,8 @@ def _run(
 def test_rows_are_the_series_that_apply_gives(df: pd.DataFrame) -> None:
     rows = [part.open() for part in _parts(df)]
     for place, row in enumerate(rows):
-        assert_series_equal(row, df.iloc[place], check_names=True)
+        assert_series_equal(row, df.iloc[place], check_names=False)
+        assert str(row.name) == str(df.index.tolist()[place])
     whole = _run(lambda row: 1, df)
     assert whole.index.equals(df.index)
     assert whole.index.names == df.index.names
@@ -135,6 +136,18 @@ def test_frames_like_their_group_are_put_back_in_order() -> None:
     column = _run(lambda group: group.x - group.x.mean(), df, by="city")
     assert list(column.columns) == ["x"]
     assert column.x.tolist() == [-1, -1.5, 1, 0, 1.5]
+
+
+def test_series_of_groups_with_names_of_their_own_are_one_column() -> None:
+    whole = _run(lambda group: pd.Series(group.x.to_numpy(), index=group.index, name=group.name), _frame(), by="city")
+    assert list(whole.columns) == ["value"]
+
+
+def test_what_groupby_takes_groups_and_bins_without_rows_are_none() -> None:
+    df = pd.DataFrame({"t": pd.to_datetime(["2024-01-01", "2024-01-03", "2024-01-03"]), "x": [1, 2, 3]})
+    assert _run(len, df, by=pd.Grouper(key="t", freq="D"))["value"].tolist() == [1, 2]
+    assert _run(len, df, by=lambda label: label % 2)["value"].tolist() == [2, 1]
+    assert _run(len, df, by=pd.Series([7, 8, 8]))["value"].tolist() == [1, 2]
 
 
 def test_frames_unlike_their_group_lie_below_its_key() -> None:

@@ -67,9 +67,10 @@ def _groups(frame: pd.DataFrame, by: Any) -> tuple[Iterator[Uncut], int]:
     groups = frame.groupby(by, dropna=False, observed=True)
     codes, sizes = groups.ngroup().to_numpy(), groups.size()
     order, ends = np.argsort(codes, kind="stable"), np.cumsum(sizes.to_numpy())
-    places = np.split(order, ends[:-1])
-    keys = sizes.index
-    return (Uncut(frame, each, keys[i : i + 1]) for i, each in enumerate(places)), len(places)
+    places, keys = np.split(order, ends[:-1]), sizes.index
+    # A Grouper's bins may be empty.
+    filled = np.flatnonzero(sizes.to_numpy()).tolist()
+    return (Uncut(frame, places[i], keys[i : i + 1]) for i in filled), len(filled)
 
 
 def _blocks(frame: pd.DataFrame, chunks: Any) -> tuple[Iterator[Uncut], int]:
@@ -150,7 +151,9 @@ def _index_of_rows(rows: Sequence[Row]) -> pd.Index[Any]:
 def _from_parts(parts: Sequence[Part], values: Sequence[Any], where: npt.NDArray[np.bool_]) -> pd.DataFrame:
     done = np.flatnonzero(where).tolist()
     if done and all(_is_like(values[i], parts[i].frame) for i in done):
-        return _in_place(parts, {i: _as_frame(values[i], parts[i].frame.index) for i in done})
+        names = {values[i].name for i in done if isinstance(values[i], pd.Series)}
+        name = next(iter(names)) if len(names) == 1 and None not in names else "value"
+        return _in_place(parts, {i: _as_frame(values[i], parts[i].frame.index, name) for i in done})
     keys = _keys(parts)
     if are_frames(values, where):
         if parts[0].key is not None:
@@ -172,11 +175,11 @@ def _is_like(value: Any, part: pd.DataFrame) -> bool:
     return isinstance(value, pd.DataFrame | pd.Series) and value.index.equals(part.index)
 
 
-def _as_frame(value: Any, index: pd.Index[Any]) -> pd.DataFrame:
+def _as_frame(value: Any, index: pd.Index[Any], name: Any) -> pd.DataFrame:
     if isinstance(value, pd.DataFrame):
         return value
     if isinstance(value, pd.Series):
-        return value.to_frame("value" if value.name is None else value.name)
+        return value.to_frame(name)
     return pd.DataFrame(value, index=index, columns=["value"] if value.ndim == 1 else None)
 
 
