@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import decimal
+import sys
 from collections import namedtuple
 from typing import Any
 
@@ -11,7 +14,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from yadtq_nb.client.frame import MAX_COLUMNS, META_COLUMNS, build_frame
+from yadtq_nb.client.columns import MAX_COLUMNS
+from yadtq_nb.client.frame import META_COLUMNS, build_frame
 from yadtq_nb.model import State
 
 Point = namedtuple("Point", "x y")
@@ -65,6 +69,17 @@ def test_scalars_give_one_input_and_one_value_column() -> None:
         ([2**70, 1], "object"),
         ([1, "one"], "object"),
         ([None, None], "float64"),
+        ([np.float32(1), np.float32(2)], "float32"),
+        ([np.int8(1), None], "Int8"),
+        ([np.uint16(1), None], "UInt16"),
+        ([np.bool_(True), False], "bool"),
+        ([1, pd.NA], "Int64"),
+        ([True, np.nan], "boolean"),
+        ([1j, 2j], "complex128"),
+        ([np.datetime64("2024-01-01", "ns"), None], "datetime64[ns]"),
+        ([np.timedelta64(1, "ns"), pd.NaT], "timedelta64[ns]"),
+        ([pd.Period("2024-01", "M"), None], "period[M]"),
+        ([datetime.date(2024, 1, 1), None], "object"),
     ],
 )
 def test_dtype_is_the_narrowest_real_one(values: list[Any], dtype: str) -> None:
@@ -122,6 +137,21 @@ def test_records_are_expanded(value: Any, columns: list[str]) -> None:
     assert frame.loc[1, columns].isna().all()
 
 
+def test_series_and_structured_rows_become_rows() -> None:
+    frame = _frame(None, [pd.Series({"a": 1, "b": "x"}), pd.Series({"a": 2, "c": 0.5}, dtype=object)])
+    assert frame["a"].tolist() == [1, 2]
+    assert frame["b"].isna().tolist() == [False, True]
+    assert (frame.dtypes["a"], frame.dtypes["c"]) == (np.int64, np.float64)
+    rows = np.array([(1, 0.5), (2, 1.5)], dtype=[("n", "i4"), ("x", "f4")])
+    frame = _frame(list(rows), [0, 0])
+    assert (str(frame.dtypes["input_n"]), str(frame.dtypes["input_x"])) == ("int32", "float32")
+
+
+def test_series_that_name_a_value_twice_or_have_too_many_stay_whole() -> None:
+    for whole in (pd.Series([1, 2], index=["a", "a"]), pd.Series(range(MAX_COLUMNS + 1))):
+        assert _frame(None, [whole])["value"][0] is whole
+
+
 def test_what_lies_below_the_top_of_a_record_is_not_copied() -> None:
     score = Score(0.5, [1, 2])
     assert _frame(None, [score])["parts"][0] is score.parts
@@ -139,9 +169,8 @@ def test_records_with_too_many_keys_stay_whole() -> None:
     assert list(frame.columns) == ["value", *META_COLUMNS]
 
 
-def test_arrays_lists_and_frames_are_kept_as_they_are() -> None:
-    array, table = np.arange(3), pd.DataFrame({"a": [1, 2]})
-    for whole in (array, table, [1, 2, 3], (1, 2), pd.Series([1, 2]), {1, 2}):
+def test_arrays_lists_and_sets_are_kept_as_they_are() -> None:
+    for whole in (np.arange(3), np.eye(2), [1, 2, 3], (1, 2), {1, 2}):
         frame = _frame([whole, whole], [whole, whole])
         assert frame["value"][0] is whole
         assert frame["input"][1] is whole
@@ -178,6 +207,100 @@ def test_empty_job_gives_an_empty_frame_with_all_columns() -> None:
 
 def test_job_without_inputs_leaves_the_input_columns_out() -> None:
     assert list(_frame(None, [1]).columns) == ["value", *META_COLUMNS]
+
+
+def test_frames_are_put_below_one_another_under_their_items_index() -> None:
+    tables = [pd.DataFrame({"x": [1, 2]}, index=pd.Index(["a", "b"], name="k")), pd.DataFrame({"x": [3]}, index=["c"])]
+    frame = _frame(["left", "right"], tables)
+    assert list(frame.columns) == ["x"]
+    assert frame.index.tolist() == [(0, "a"), (0, "b"), (1, "c")]
+    assert frame.loc[1, "x"].tolist() == [3]
+    assert frame.index.names == ["index", None]
+
+
+def test_frames_with_several_index_levels_keep_them_and_their_names_are_ours_and_theirs() -> None:
+    table = pd.DataFrame({("a", "b"): [1, 2]}, index=pd.MultiIndex.from_tuples([(1, 2), (3, 4)], names=["index", "k"]))
+    frame = _frame(None, [table, table])
+    assert frame.index.names == ["index", "index_value", "k"]
+    assert frame.columns.tolist() == [("a", "b")]
+    frame.reset_index()
+
+
+def test_tasks_without_a_frame_are_warned_of_and_have_a_row_with_meta() -> None:
+    table = pd.DataFrame({"x": [2**60, 1], "state": [True, False]}, index=[7, 8])
+    given: Any = {"states": b"SFSS", "errors": {1: "ValueError: bad"}}
+    with pytest.warns(UserWarning, match=r"1 of 4 tasks have no result \(the first of them: task 1: ValueError: bad\)"):
+        assert len(_frame([1, 2, 3, 4], [table, None, None, table], **given)) == 4
+    frame = _frame([1, 2, 3, 4], [table, None, None, table], **given, meta=True)
+    assert list(frame.columns) == ["input", "x", "state_value", *META_COLUMNS]
+    assert [task for task, _ in frame.index] == [0, 0, 1, 2, 3, 3]
+    assert frame["input"].tolist() == [1, 1, 2, 3, 4, 4]
+    assert frame["x"].tolist() == [2**60, 1, pd.NA, pd.NA, 2**60, 1]
+    assert frame["state"].tolist() == ["succeeded", "succeeded", "failed", "succeeded", "succeeded", "succeeded"]
+    assert (str(frame.dtypes["x"]), str(frame.dtypes["state_value"])) == ("Int64", "boolean")
+    assert frame.loc[3].index.tolist() == [7, 8]
+
+
+def test_column_that_some_frames_lack_keeps_whole_numbers_and_truth() -> None:
+    frame = _frame(None, [pd.DataFrame({"n": [2**60], "t": [True]}), pd.DataFrame({"x": [0.5]}), pd.DataFrame()])
+    assert {name: str(dtype) for name, dtype in frame.dtypes.items()} == {"n": "Int64", "t": "boolean", "x": "float64"}
+    assert frame["n"].tolist() == [2**60, pd.NA]
+
+
+def test_frames_that_are_all_empty_give_their_columns_and_no_rows() -> None:
+    frame = _frame(None, [pd.DataFrame({"x": []}), pd.DataFrame(), None])
+    assert list(frame.columns) == ["x"]
+    assert len(frame) == 0
+    assert len(_frame(None, [pd.DataFrame({"x": []}), None], meta=True)) == 2
+
+
+def test_frames_among_other_values_stay_whole() -> None:
+    table = pd.DataFrame({"x": [1]})
+    frame = _frame(None, [table, 3])
+    assert frame["value"][0] is table
+    assert frame["value"][1] == 3
+
+
+def test_meta_false_leaves_the_outcome_out() -> None:
+    assert list(_frame([1], [2], meta=False).columns) == ["input", "value"]
+
+
+def test_nullable_dtypes_on_request_and_whole_floats_stay_floats() -> None:
+    frame = _frame([1, 2], [1.0, None], dtype_backend="numpy_nullable")
+    names = ["input", "value", "state", "seconds", "attempt"]
+    assert [str(frame.dtypes[name]) for name in names] == ["Int64", "Float64", "string", "Float64", "Int64"]
+    assert frame["value"][1] is pd.NA
+
+
+def test_arrow_dtypes_on_request_also_where_numpy_has_none() -> None:
+    pytest.importorskip("pyarrow")
+    values = [
+        {"n": 1, "x": 1.0, "s": "a", "d": datetime.date(2024, 1, 1), "m": decimal.Decimal("1.5"), "own": [1], "b": b""},
+        {"n": None, "x": 2.0, "s": None, "d": None, "m": None, "own": {}, "b": b"1"},
+    ]
+    frame = _frame(None, values, dtype_backend="pyarrow")
+    found = {name: str(frame.dtypes[name]) for name in ("n", "x", "d", "own", "b", "state", "started")}
+    assert found == {
+        "n": "int64[pyarrow]",
+        "x": "double[pyarrow]",
+        "d": "date32[day][pyarrow]",
+        "own": "object",
+        "b": "binary[pyarrow]",
+        "state": found["state"],
+        "started": "timestamp[us, tz=UTC][pyarrow]",
+    }
+    assert found["state"].endswith("string[pyarrow]")
+    assert frame["m"].tolist() == [decimal.Decimal("1.5"), pd.NA]
+    stacked = _frame(None, [pd.DataFrame({"a": [1], "b": pd.Categorical(["u"])})] * 2, dtype_backend="pyarrow")
+    assert str(stacked.dtypes["a"]) == "int64[pyarrow]"
+
+
+def test_missing_pyarrow_and_unknown_backends_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="'numpy_nullable', 'pyarrow' or None, not 'polars'"):
+        _frame([], [], dtype_backend="polars")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match="pip install pyarrow"):
+        _frame([], [], dtype_backend="pyarrow")
 
 
 def test_million_scalars_have_real_dtypes() -> None:

@@ -54,6 +54,14 @@ def odd_fails(x: int) -> int:
     return x
 
 
+def both(x: int, y: str) -> pd.Series[Any]:
+    return pd.Series({"x2": 2 * x, "y2": 2 * y})
+
+
+def table(x: int) -> pd.DataFrame | None:
+    return pd.DataFrame({"n": range(x)}) if x else None
+
+
 # A sequence of futures.
 
 
@@ -385,3 +393,30 @@ def test_errors_are_a_frame_by_task_or_by_type_and_line(queue: Queue) -> None:
     assert whole.wait(LIMIT)
     assert len(whole.errors()) == len(whole.errors(grouped=True)) == 0
     assert whole.errors().columns.tolist() == frame.columns.tolist()
+
+
+def test_frame_has_several_iterables_as_columns_and_series_as_rows(queue: Queue) -> None:
+    frame = queue.map(both, [1, 2], ["a", "b"]).to_frame()
+    assert list(frame.columns[:4]) == ["x", "y", "x2", "y2"]
+    assert frame[["x", "y", "x2", "y2"]].values.tolist() == [[1, "a", 2, "aa"], [2, "b", 4, "bb"]]
+
+
+def test_frames_of_a_job_are_put_below_one_another(queue: Queue) -> None:
+    job = queue.map(table, [2, 0, 1])
+    assert job.to_frame().index.tolist() == [(0, 0), (0, 1), (2, 0)]
+    frame = job.to_frame(meta=True, dtype_backend="numpy_nullable")
+    assert frame["input"].tolist() == [2, 2, 0, 1]
+    assert frame["n"].tolist() == [0, 1, pd.NA, 0]
+
+
+def test_inputs_that_have_gone_are_missing_or_left_out(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = queue.map(square, range(10), chunksize=5)
+    job.results()
+    store = job._link.store
+    kept = list(store.inputs(job.id))
+    monkeypatch.setattr(store, "inputs", lambda job: iter(kept[1:]))
+    assert job.to_frame()["input"].tolist() == [pd.NA] * 5 + [5, 6, 7, 8, 9]
+    monkeypatch.setattr(store, "inputs", lambda job: iter(()))
+    frame = job.to_frame()
+    assert list(frame.columns[:2]) == ["value", "state"]
+    assert frame["value"].tolist() == [x * x for x in range(10)]

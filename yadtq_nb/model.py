@@ -52,8 +52,8 @@ class JobState(enum.StrEnum):
 
 
 #: How a task's item is given to its function.
-#: "item": fn(item); "star": fn(*item); "call": fn(*item[0], **item[1]).
-CallStyle = Literal["item", "star", "call"]
+#: "item": fn(item); "star": fn(*item); "call": fn(*item[0], **item[1]); "part": fn(item.open()), of a frame.
+CallStyle = Literal["item", "star", "call", "part"]
 
 
 #: A way of its own from Kafka to the slots: for a job's priority, or for jobs that tasks have sent and may wait for.

@@ -2,36 +2,49 @@
 
     index | input columns | value columns | state  error  worker  started  seconds  attempt
 
-Records (dicts, named tuples, dataclasses, msgspec structs and what has `model_dump`) become a column for each key,
-if every one of them is a record; anything else stays whole in one column. What is missing, such as the value of a task
-that failed, is NaN, NaT or NA, and whole numbers stay whole.
+Records (dicts, named tuples, dataclasses, msgspec structs, Series, rows of a structured array, and what has
+`model_dump`) become a column for each key, if every one of them is a record; anything else, arrays included, stays
+whole in one column. What is missing, such as the value of a task that failed, is NaN, NaT or NA.
+
+Where all results are frames, their rows are put one below the other:
+
+    index, frame's own index | the frames' columns                                     meta=True also has the others
 
 Importing this module imports pandas: import it where a frame is first asked for.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from yadtq_nb.client.columns import (
+    Backend,
+    Columns,
+    check_backend,
+    column,
+    free,
+    nullable,
+    record_columns,
+    spread,
+    strings,
+    value_columns,
+    with_backend,
+)
 from yadtq_nb.model import STATE_OF_CODE, BrokenItem, CallStyle, State
 
 #: The columns that every frame has; an input or value column of such a name gets a suffix.
 META_COLUMNS: Final = ("state", "error", "worker", "started", "seconds", "attempt")
-#: Records with more keys than this in all are kept whole: a column each would be of no use to anyone.
-MAX_COLUMNS: Final = 1_000
 
 _STATES: Final = tuple(State)
 #: What a byte that is no outcome stands for.
 _UNFINISHED: Final = State.QUEUED
-
-Columns = dict[str, Any]
+_SUCCEEDED: Final = _STATES.index(State.SUCCEEDED)
 
 
 def build_frame(
@@ -46,8 +59,11 @@ def build_frame(
     *,
     style: CallStyle = "item",
     parameters: Sequence[str] = (),
+    meta: bool | None = None,
+    dtype_backend: Backend | None = None,
+    silent: bool = False,
 ) -> pd.DataFrame:
-    """Return one row for each task, by index.
+    """Return one row for each task, by index; where all values are frames, their rows.
 
     Args:
         items: what was mapped over, as the call style has it; None leaves the input columns out.
@@ -60,20 +76,46 @@ def build_frame(
         attempts: how often each task was begun, 0 for never.
         style: how an item is given to the function.
         parameters: the names of the function's parameters, as far as they are known.
+        meta: whether to have the META_COLUMNS; None for where each task is one row. With frames it also has the
+            input columns, and one row for each task that gave no rows.
+        dtype_backend: as pandas has it.
+        silent: do not warn of tasks that gave no frame where others did.
     """
+    check_backend(dtype_backend)
     codes = _state_codes(states)
-    succeeded = codes == _STATES.index(State.SUCCEEDED)
-    inputs = {} if items is None else _input_columns(items, style, parameters)
-    columns = _named_apart(inputs, _value_columns(values, succeeded))
-    columns |= {
-        "state": _strings(np.array([str(state) for state in _STATES], dtype=object)[codes]),
-        "error": _strings(_scattered(errors, len(codes))),
+    succeeded = codes == _SUCCEEDED
+    stacked = are_frames(values, succeeded)
+    inputs = {} if items is None or (stacked and not meta) else _input_columns(items, style, parameters)
+    outcome = {
+        "state": strings(np.array([str(state) for state in _STATES], dtype=object)[codes]),
+        "error": strings(_scattered(errors, len(codes))),
         "worker": _worker_column(workers),
         "started": _utc(started),
         "seconds": np.asarray(seconds, dtype=np.float64),
         "attempt": np.asarray(attempts, dtype=np.int64),
     }
-    return pd.DataFrame(columns, index=pd.RangeIndex(len(codes), name="index"), copy=False)
+    index = pd.RangeIndex(len(codes), name="index")
+    if stacked:
+        if not (silent or meta):
+            warn_of_missing(succeeded, errors)
+        frame = stack(values, succeeded, index, Beside(inputs, outcome) if meta else None)
+    else:
+        columns = _named_apart(inputs, value_columns(values, succeeded))
+        columns |= {} if meta is False else outcome
+        frame = pd.DataFrame(columns, index=index, copy=False)
+    return with_backend(frame, dtype_backend)
+
+
+def warn_of_missing(succeeded: npt.NDArray[np.bool_], errors: Mapping[int, str]) -> None:
+    """Warn that the result has no rows of the tasks that did not succeed, where no column says so."""
+    missing = int((~succeeded).sum())
+    if missing:
+        first = f" (the first of them: task {min(errors)}: {errors[min(errors)]})" if errors else ""
+        warnings.warn(
+            f"{missing:,} of {len(succeeded):,} tasks have no result{first}: to_frame(meta=True) has a row for each",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 # --- Input ------------------------------------------------------------------------------------------------------------
@@ -81,15 +123,17 @@ def build_frame(
 
 def _input_columns(items: Sequence[Any], style: CallStyle, parameters: Sequence[str]) -> Columns:
     # A broken item is not there: it could not be sent, or cannot be read here.
-    there = np.fromiter((type(item) is not BrokenItem for item in items), dtype=bool, count=len(items))
+    there = np.ones(len(items), dtype=bool)
+    if BrokenItem in set(map(type, items)):
+        there = np.fromiter((type(item) is not BrokenItem for item in items), dtype=bool, count=len(items))
     if style == "item":
-        found = _record_columns(items, there)
+        found = record_columns(items, there)
         if found is None:
-            return {"input": _column(items, there)}
-        return {f"input_{key}": column for key, column in found.items()}
+            return {"input": column(items, there)}
+        return {f"input_{key}": each for key, each in found.items()}
     calls = [_by_parameter(item, style, parameters) for item in items]
     there = np.fromiter((call is not None for call in calls), dtype=bool, count=len(calls))
-    return _record_columns(calls, there) or ({"input": _column(calls, there)} if calls else {})
+    return record_columns(calls, there) or ({"input": column(calls, there)} if calls else {})
 
 
 def _by_parameter(item: Any, style: CallStyle, parameters: Sequence[str]) -> dict[str, Any] | None:
@@ -110,140 +154,106 @@ def _by_parameter(item: Any, style: CallStyle, parameters: Sequence[str]) -> dic
     return {**positional, **named}
 
 
-# --- Values -----------------------------------------------------------------------------------------------------------
-
-
-def _value_columns(values: Sequence[Any], succeeded: npt.NDArray[np.bool_]) -> Columns:
-    found = _record_columns(values, succeeded)
-    return {"value": _column(values, succeeded)} if found is None else found
-
-
-def _record_columns(values: Sequence[Any], where: npt.NDArray[np.bool_]) -> Columns | None:
-    """Return a column for each key, or None unless all the values there are records, with a sensible number of keys."""
-    places = np.flatnonzero(where)
-    # One look at the first spares a million scalars the closer one.
-    if not len(places) or _reader(type(values[places[0]])) is None:
-        return None
-    records = _read_records(values, places)
-    if records is None:
-        return None
-    keys: dict[Any, None] = {}
-    for record in records:
-        keys.update(dict.fromkeys(record))
-        if len(keys) > MAX_COLUMNS:
-            return None
-    return _columns_of(records, list(keys), places, len(values)) or None
-
-
-def _read_records(values: Sequence[Any], places: npt.NDArray[np.intp]) -> list[Mapping[Any, Any]] | None:
-    readers: dict[type, Callable[[Any], Mapping[Any, Any]] | None] = {}
-    records = []
-    for place in places.tolist():
-        value = values[place]
-        kind = type(value)
-        if kind not in readers:
-            readers[kind] = _reader(kind)
-        read = readers[kind]
-        if read is None:
-            return None
-        records.append(read(value))
-    return records
-
-
-def _reader(kind: type) -> Callable[[Any], Mapping[Any, Any]] | None:
-    """Return what reads the top level of a record of this type, or None if it is none."""
-    if issubclass(kind, dict):
-        return lambda value: value
-    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
-        return lambda value: dict(zip(value._fields, value, strict=True))
-    if dataclasses.is_dataclass(kind):
-        names = [field.name for field in dataclasses.fields(kind)]
-    elif issubclass(kind, msgspec.Struct):
-        names = list(kind.__struct_fields__)
-    elif callable(getattr(kind, "model_dump", None)):
-        return lambda value: value.model_dump()
-    else:
-        return None
-    # Field by field: dataclasses.asdict would copy whatever lies below.
-    return lambda value: {name: getattr(value, name) for name in names}
-
-
-def _columns_of(
-    records: list[Mapping[Any, Any]], keys: list[Any], places: npt.NDArray[np.intp], length: int
-) -> Columns:
-    columns: Columns = {}
-    for key in keys:
-        there = np.fromiter((key in record for record in records), dtype=bool, count=len(records))
-        found = [record[key] for record in records if key in record]
-        columns[_free(str(key), columns)] = _fill(found, places[there], length)
-    return columns
-
-
-# --- Names ------------------------------------------------------------------------------------------------------------
-
-
 def _named_apart(inputs: Columns, values: Columns) -> Columns:
     """Put both side by side: a name that is taken gets the suffix _input or _value, and a number if need be."""
     columns: Columns = {}
     for found, suffix in ((inputs, "_input"), (values, "_value")):
-        for name, column in found.items():
-            columns[_free(name, {*columns, *META_COLUMNS, "index"}, suffix)] = column
+        for name, each in found.items():
+            columns[free(name, {*columns, *META_COLUMNS, "index"}, suffix)] = each
     return columns
 
 
-def _free(name: str, taken: Container[str], suffix: str = "") -> str:
-    return next(each for each in _candidates(name, suffix) if each not in taken)
+# --- Frames one below the other ---------------------------------------------------------------------------------------
 
 
-def _candidates(name: str, suffix: str) -> Iterator[str]:
-    yield name
-    if suffix:
-        yield name + suffix
-    number = 2
-    while True:
-        yield f"{name}{suffix}_{number}"
-        number += 1
+class Beside:
+    """What is repeated beside each row of a task's frame."""
+
+    def __init__(self, inputs: Columns, outcome: Columns) -> None:
+        self.inputs = inputs
+        self.outcome = outcome
 
 
-# --- Columns ----------------------------------------------------------------------------------------------------------
+def are_frames(values: Sequence[Any], where: npt.NDArray[np.bool_]) -> bool:
+    """Tell whether all the values there are frames; None stands for one without rows."""
+    found = (values[place] for place in np.flatnonzero(where).tolist())
+    first = next((value for value in found if value is not None), None)
+    return isinstance(first, pd.DataFrame) and all(value is None or isinstance(value, pd.DataFrame) for value in found)
 
 
-def _column(values: Sequence[Any], where: npt.NDArray[np.bool_]) -> Any:
-    """Return the values as one column, missing where `where` is false."""
-    if where.all():
-        return _fill(values, None, len(values))
-    places = np.flatnonzero(where)
-    return _fill([values[place] for place in places.tolist()], places, len(values))
+def concatenate(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Put frames one below the other; a column that some lack is missing there, and its whole numbers stay whole."""
+    # One without rows has nothing to say of dtypes.
+    frames = [frame for frame in frames if len(frame)] or [max(frames, key=lambda frame: frame.shape[1])]
+    if any(not frame.columns.equals(frames[0].columns) for frame in frames):
+        everywhere = set.intersection(*(set(frame.columns) for frame in frames))
+        frames = [_made_nullable(frame, everywhere) for frame in frames]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # pandas 2, of columns in which all is missing
+        return pd.concat(frames)
 
 
-def _fill(found: Sequence[Any], places: npt.NDArray[np.intp] | None, length: int) -> Any:
-    """Return a column of `length` rows with `found` at `places` (everywhere if None), of the narrowest real dtype."""
-    # By iteration: numpy would take equal arrays, or lists of one length, for more dimensions.
-    objects = np.fromiter(found, dtype=object, count=len(found))
-    missing = np.fromiter((value is None for value in found), dtype=bool, count=len(found))
-    if missing.all() and len(found):
-        places = np.arange(0) if places is None else places[:0]
-        objects = objects[:0]
-    elif missing.any():
-        places = np.flatnonzero(~missing) if places is None else places[~missing]
-        objects = objects[~missing]
-    column = pd.Series(objects, dtype=object).infer_objects()
-    if places is None or len(places) == length:
-        return column.array
-    if not len(places):
-        return np.full(length, np.nan)
-    return _spread(column, places, length)
+def _made_nullable(frame: pd.DataFrame, everywhere: set[Any]) -> pd.DataFrame:
+    if not frame.columns.is_unique:
+        return frame
+    dtypes = {name: nullable(dtype) for name, dtype in frame.dtypes.items() if name not in everywhere}
+    return frame.astype({name: dtype for name, dtype in dtypes.items() if dtype is not None})
 
 
-def _spread(column: pd.Series[Any], places: npt.NDArray[np.intp], length: int) -> Any:
-    """Put a column into a longer one; whole numbers and booleans get a dtype that knows of missing ones."""
-    if column.dtype.kind in "iu":
-        column = column.astype("UInt64" if column.dtype.kind == "u" else "Int64")
-    elif column.dtype.kind == "b":
-        column = column.astype("boolean")
-    spread = np.full(length, -1, dtype=np.intp)
-    spread[places] = np.arange(len(places))
-    return pd.api.extensions.take(column.array, spread, allow_fill=True)
+def stack(
+    values: Sequence[Any], where: npt.NDArray[np.bool_], index: pd.Index[Any], beside: Beside | None = None
+) -> pd.DataFrame:
+    """Return the rows of all frames, in order, indexed by what `index` has for each task and by their own index.
+
+    Args:
+        beside: columns with a row for each task, repeated for each row of its frame; then a task without rows has one
+            row, in which all of the frame's is missing.
+    """
+    frames = {i: values[i] for i in np.flatnonzero(where).tolist() if values[i] is not None}
+    body = concatenate(list(frames.values()))
+    counts = np.zeros(len(values), dtype=np.intp)
+    counts[list(frames)] = [len(frame) for frame in frames.values()]
+    if beside is None:
+        body.index = _under(index.take(np.repeat(np.arange(len(values)), counts)), body.index)
+        return body
+    repeated = np.maximum(counts, 1)
+    tasks = np.repeat(np.arange(len(values)), repeated)
+    rows = np.where(np.repeat(counts > 0, repeated), np.cumsum(np.repeat(counts > 0, repeated)) - 1, -1)
+    wide = pd.DataFrame({i: spread(body.iloc[:, i].array, rows) for i in range(body.shape[1])}, copy=False)
+    wide.columns = _labels_apart(body.columns, beside)
+    wide.index = _under(index.take(tasks), _spread_index(body.index, rows))
+    left, right = (
+        pd.DataFrame(each, pd.RangeIndex(len(values))).take(tasks) for each in (beside.inputs, beside.outcome)
+    )
+    left.index = right.index = wide.index
+    return pd.concat([left, wide, right], axis=1)
+
+
+def _labels_apart(labels: pd.Index[Any], beside: Beside) -> list[Any]:
+    taken = {*beside.inputs, *META_COLUMNS, "index"}
+    return [free(label, taken, "_value") if isinstance(label, str) else label for label in labels]
+
+
+def _spread_index(index: pd.Index[Any], rows: npt.NDArray[np.intp]) -> pd.Index[Any]:
+    levels = [index.get_level_values(level) for level in range(index.nlevels)]
+    arrays = [pd.Index(spread(level.array, rows), name=level.name) for level in levels]
+    return arrays[0] if len(arrays) == 1 else pd.MultiIndex.from_arrays(arrays)
+
+
+def _under(outer: pd.Index[Any], inner: pd.Index[Any]) -> pd.MultiIndex:
+    levels = [each.get_level_values(level) for each in (outer, inner) for level in range(each.nlevels)]
+    names: list[Any] = []
+    for name in (level.name for level in levels):
+        names.append(free(name, names, "_value") if isinstance(name, str) else name)
+    return pd.MultiIndex.from_arrays(levels, names=names)
+
+
+# --- Outcomes ---------------------------------------------------------------------------------------------------------
+
+
+def succeeded(states: bytes | bytearray) -> npt.NDArray[np.bool_]:
+    """Tell for each task whether it has a value, by a byte as in STATE_CODES."""
+    return np.equal(_state_codes(states), _SUCCEEDED)
 
 
 def _state_codes(states: Sequence[State] | bytes | bytearray) -> npt.NDArray[np.intp]:
@@ -258,7 +268,7 @@ def _state_codes(states: Sequence[State] | bytes | bytearray) -> npt.NDArray[np.
 
 
 def _worker_column(workers: Sequence[str]) -> Any:
-    return _strings(np.fromiter((worker or None for worker in workers), dtype=object, count=len(workers)))
+    return strings(np.array([worker or None for worker in workers], dtype=object))
 
 
 def _scattered(errors: Mapping[int, str], length: int) -> npt.NDArray[np.object_]:
@@ -266,11 +276,6 @@ def _scattered(errors: Mapping[int, str], length: int) -> npt.NDArray[np.object_
     for index, line in errors.items():
         lines[index] = line
     return lines
-
-
-def _strings(objects: npt.NDArray[np.object_]) -> Any:
-    # Before pandas 3 there is no "str" dtype: the name meant Python's str, by which None becomes the word "None".
-    return pd.array(objects, dtype="str" if int(pd.__version__.split(".")[0]) >= 3 else "string")
 
 
 def _utc(started: npt.NDArray[np.float64]) -> Any:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, overload
 
 from yadtq_nb import codec, needs
 from yadtq_nb.client import options
-from yadtq_nb.client.board import Board, Failure, cancelled
+from yadtq_nb.client.board import Board, Failure, Table, cancelled
 from yadtq_nb.client.future import TaskFuture, waiting
 from yadtq_nb.client.inbox import PATIENCE, Inbox, job_state
 from yadtq_nb.client.options import Seconds
@@ -34,7 +34,9 @@ from yadtq_nb.workbench.jobs import JobRecord, JobStore, deleted
 if TYPE_CHECKING:
     import pandas as pd
 
+    from yadtq_nb.client.columns import Backend
     from yadtq_nb.notebook.live import JobCard
+    from yadtq_nb.notebook.timeline import Timeline
 
 #: What results() does with tasks that failed.
 Errors = Literal["raise", "return", "skip"]
@@ -419,39 +421,100 @@ class Job(Sequence[Future[Any]]):
 
     # As a table.
 
-    def to_frame(self) -> pd.DataFrame:
-        """Block until the job is done, and return one row for each task.
+    def to_frame(
+        self, *, partial: bool = False, meta: bool | None = None, dtype_backend: Backend | None = None
+    ) -> pd.DataFrame:
+        """Block until the job is done, and return one row for each task, indexed by the task's index.
 
-        Columns: the item (`input`, or one column for each part of it), the value (`value`, or one column for each
-        part of it), `state`, `error`, `worker`, `started` (UTC), `seconds`, `attempt`; the index is the task's index.
+        Columns: the item (`input`, or a column for each part of it: parameters, keys of a dict, fields of a row), the
+        value (`value`, or a column for each key of a dict, record or Series), `state`, `error`, `worker`, `started`
+        (UTC), `seconds`, `attempt`. Arrays and lists stay whole in their column. Inputs that have gone are left out.
+
+        Where every value is a DataFrame (or None, for no rows), their rows are put one below the other, indexed by
+        (task's index, the frame's own index), in the frames' columns alone; a warning tells of tasks that have none.
+        Where some values are frames and others not, all stay whole in the column `value`.
+
+        A job of queue.map_frame gives its frame put together again; see there.
+
+        Args:
+            partial: do not wait; what has no outcome yet is `queued`, its value missing.
+            meta: True for `state` and what follows it also where values are frames, with the columns of the input,
+                repeated beside each row, and one row for each task that gave none; False for never.
+            dtype_backend: "numpy_nullable" or "pyarrow" as pandas names them; None for numpy's dtypes where they fit.
+
+        Raises:
+            ImportError: pyarrow is asked for and not installed.
+            JobError: the job's outcomes cannot be had. Failed tasks, and those that were cancelled, raise nothing.
         """
-        from yadtq_nb.client import frame
+        from yadtq_nb.client import columns, frame
 
-        self.want()
-        self._wait(self._board.complete, None)
-        self._raise_failure("skip")
-        total = self._known_total()
-        table = self._board.table(self._highest() if total is None else total)
-        if isinstance(self._board.failure, JobCancelledError | JobTimeoutError):
-            table.states = table.states.replace(b"Q", b"C")
-        elif self.lost:
-            table.states = table.states.replace(b"Q", b"L")
-        items = self._inputs()
+        columns.check_backend(dtype_backend)
+        table = self._table(partial)
+        items = self._inputs(len(table.states))
+        values = [None if isinstance(value, Failure) else value for value in table.values]
+        if self._style == "part" and items is not None:
+            from yadtq_nb.client import fan
+
+            succeeded = frame.succeeded(table.states)
+            whole = None
+            if not meta:
+                whole = fan.put_together(
+                    items, values, succeeded, table.errors, dtype_backend=dtype_backend, silent=partial
+                )
+            if whole is not None:
+                return whole
+            items = fan.labels(items)
         return frame.build_frame(
-            items if len(items) == len(table.states) else None,
-            [None if isinstance(value, Failure) else value for value in table.values],
+            items,
+            values,
             table.states,
             table.errors,
             table.workers,
             table.started,
             table.seconds,
             table.attempts,
-            style=self._style,
+            style="item" if self._style == "part" else self._style,
             parameters=self._parameters,
+            meta=meta,
+            dtype_backend=dtype_backend,
+            silent=partial,
         )
 
-    def _inputs(self) -> list[Any]:
-        items: list[Any] = []
+    def timeline(self) -> Timeline:
+        """Return a matplotlib figure of when which worker ran what: a bar for each task that has its outcome by now.
+
+        A worker has as many lanes as it ran tasks at a time. Only the last attempt of a task is recorded. As the last
+        expression of a cell the figure shows itself; timeline().savefig("timeline.svg") keeps it.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        try:
+            from yadtq_nb.notebook import timeline
+        except ImportError as exc:
+            raise ImportError("job.timeline() needs matplotlib: pip install matplotlib") from exc
+        table = self._table(partial=True)
+        return timeline.draw(self.name, table.states, table.workers, table.started, table.seconds)
+
+    def _table(self, partial: bool) -> Table:
+        """Return the outcomes, all of them or what there is."""
+        self.want()
+        if partial:
+            patiently(lambda: self._link.inbox.fetch(self._board), PATIENCE)
+        else:
+            self._wait(self._board.complete, None)
+            self._raise_failure("skip")
+        total = self._known_total()
+        table = self._board.table(self._highest() if total is None else total)
+        if isinstance(self._board.failure, JobCancelledError | JobTimeoutError):
+            table.states = table.states.replace(b"Q", b"C")
+        elif self.lost:
+            table.states = table.states.replace(b"Q", b"L")
+        return table
+
+    def _inputs(self, total: int) -> list[Any] | None:
+        """Return the items, or None when none is there; a BrokenItem stands for one that is not."""
+        items: list[Any] | None = None
         for record in self._link.store.inputs(self.id):
             head, _, arguments = codec.decode_chunk(self._link.key, record)
             if head.by_reference:
@@ -462,8 +525,10 @@ class Job(Sequence[Future[Any]]):
                     found = codec.loads_home(arguments) if len(arguments) else None
             except Exception:  # whatever the user's objects do when they are unpickled here
                 found = None
-            items += found or [BrokenItem(head.first + offset, "") for offset in range(head.count)]
-        return items
+            if found is not None and head.first + head.count <= total:
+                items = [BrokenItem(index, "") for index in range(total)] if items is None else items
+                items[head.first : head.first + head.count] = found
+        return [] if not total else items
 
     def _shown(self, job: str, index: int) -> needs.Later:
         """Return what stands in a table for a future or job that was an argument."""

@@ -123,7 +123,7 @@ class Link:
             concurrent=_is_coroutine_function(fn),
             environment=where,
             created=time.time(),
-            parameters=_parameters(fn) if style != "item" else (),
+            parameters=_parameters(fn) if style in ("star", "call") else (),
             deadline=options.ends_at(self.store.now),
             policy=options.policy(self.store.now),
             lane=options.lane,

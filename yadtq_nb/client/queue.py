@@ -180,6 +180,64 @@ class Queue:
         """Call fn(*item) for each item, on the workers. Returns at once; see map, also for the options."""
         return self._send(fn, self._values_of(iterable), "star", kwargs, options.check(**given))
 
+    def map_frame(
+        self,
+        fn: Callable[..., Any],
+        df: pd.DataFrame,
+        /,
+        *,
+        by: Any = None,
+        chunks: int | None = None,
+        kwargs: dict[str, Any] | None = None,
+        **given: Unpack[Given],
+    ) -> Job:
+        """Call fn on each row, group or block of a DataFrame, on the workers. Returns at once.
+
+        The job is one as of map, with a task for each part: job.results() gives what fn returned, in order, and
+        job.to_frame() the frame put together again, here or wherever the job is found:
+
+            queue.map_frame(score, df).to_frame()                    score(row: Series)
+            queue.map_frame(fit, df, by="city").to_frame()           fit(group: DataFrame), the column city included
+            queue.map_frame(model.predict, df, chunks=16).to_frame() predict(block: DataFrame)
+
+        What to_frame() gives, by what fn returns:
+
+            =====================  =====================  ===============================  ======================
+            fn returns             row                    group                            block
+            =====================  =====================  ===============================  ======================
+            scalar, list           column `value`, df's   column `value`, indexed by key   column `value`, a row
+                                   index                                                   for each block
+            dict, Series           a column for each key, a row for each group, indexed    a row for each block
+                                   df's index             by key
+            frame, Series, array   (a frame's rows below  df's index and order             df's index and order
+            with the part's rows   row's label)
+            frame with others      rows below row's label rows below the group's key       rows one below the other
+            =====================  =====================  ===============================  ======================
+
+        An array counts as having the part's rows when it is as long; it gives the column `value`, or columns 0, 1, ...
+        Labels that df's index has more than once stay so. Where fn failed, rows are missing values, or not there when
+        nobody knows how many there were; a warning says so, and to_frame(meta=True) has one row for each part, with
+        state and error. An empty frame is one empty block, no row and no group.
+
+        Args:
+            fn: called with a Series (as by DataFrame.apply with axis=1: of the columns' common dtype, with the row's
+                label as its name) or a frame. A group has its key as its `name`, as in pandas.
+            by: what DataFrame.groupby takes: a column, a list of them, a function. Groups are sorted by key. Unlike in
+                pandas, rows with a missing key are a group, too. Categories that do not occur are none.
+            chunks: the number of blocks of consecutive rows. A block should be worth its way: some MB, some seconds.
+            kwargs: keyword arguments that are the same for every call.
+            given: see map.
+
+        Raises:
+            TypeError, ValueError: df is no DataFrame; both by and chunks; and as map.
+            KeyError: df has no such column.
+        """
+        from yadtq_nb.client import fan
+
+        chosen = options.check(**given)
+        parts, total = fan.fan_out(df, by, chunks)
+        return self._send(fn, parts, "part", kwargs, chosen, total=total)
+
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Call fn(*args, **kwargs) on a worker. Returns its future at once.
 
@@ -217,13 +275,15 @@ class Queue:
         style: CallStyle,
         kwargs: dict[str, Any] | None,
         chosen: JobOptions,
+        *,
+        total: int | None = None,
     ) -> Job:
         _check_call(fn)
         if kwargs is not None and not isinstance(kwargs, Mapping):
             raise TypeError(f"kwargs must be a mapping of keyword arguments, not {kwargs!r}")
         # A copy, so that what the caller does to the list afterwards changes nothing.
         items = list(iterable) if isinstance(iterable, Sized) else iter(iterable)
-        total = len(items) if isinstance(items, list) else None
+        total = len(items) if isinstance(items, list) else total
         link = self._link()
         if isinstance(items, list) and not _BY_VALUE.isdisjoint(map(type, items)):
             link.check(*(item for item in items if type(item) in _BY_VALUE))
@@ -409,6 +469,19 @@ class Options:
     ) -> Job:
         """See Queue.starmap."""
         return self._queue.starmap(fn, iterable, kwargs=kwargs, **self._given)
+
+    def map_frame(
+        self,
+        fn: Callable[..., Any],
+        df: pd.DataFrame,
+        /,
+        *,
+        by: Any = None,
+        chunks: int | None = None,
+        kwargs: dict[str, Any] | None = None,
+    ) -> Job:
+        """See Queue.map_frame."""
+        return self._queue.map_frame(fn, df, by=by, chunks=chunks, kwargs=kwargs, **self._given)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """See Queue.submit."""

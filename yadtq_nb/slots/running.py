@@ -6,6 +6,7 @@ import functools
 import types
 from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
 from itertools import starmap
+from operator import methodcaller
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
@@ -123,6 +124,8 @@ def _steps(call: Callable[..., Any], style: CallStyle, items: Iterable[Any]) -> 
         return map(call, items).__next__
     if style == "star":
         return starmap(call, items).__next__
+    if style == "part":
+        return map(call, map(methodcaller("open"), items)).__next__
     return map(functools.partial(_call, call, style), items).__next__
 
 
@@ -131,6 +134,8 @@ def _call(call: Callable[..., Any], style: CallStyle, item: Any) -> Any:
         return call(item)
     if style == "star":
         return call(*item)
+    if style == "part":
+        return call(item.open())
     return call(*item[0], **item[1])
 
 
