@@ -45,6 +45,8 @@ _MOST_PARTS: Final = 1_000
 _MOST_NAMED: Final = 5
 #: Since Python 3.13 a code object says whether its first constant is a docstring.
 _HAS_DOCSTRING: Final = 0x4000000
+#: Of a class that was made by a class statement, and not in C.
+_IN_PYTHON: Final = 1 << 9
 
 #: Written by marshal in a form that depends on nothing but their value.
 _PLAIN: Final = frozenset({int, float, complex, str, bytes, bool, type(None), type(...)})
@@ -264,6 +266,7 @@ class _Keys:
         #: What is being keyed now, by id, to how deep it lies: an object may hold itself.
         self._open: dict[int, int] = {}
         self._labels: dict[str, int] = {}
+        self._way_of: dict[type, Callable[[_Keys, Any], bytes] | None] = {}
         self._modules: set[str] = set()
 
     def part(self, name: str, key: Callable[[], bytes]) -> None:
@@ -322,9 +325,10 @@ class _Keys:
             return _hash(kind.__name__.encode(), *sorted(map(self.of, value)))
         if isinstance(value, type):
             return self._class(value)
-        for cls, way in self._ways:
-            if isinstance(value, cls):
-                return way(self, value)
+        if kind not in self._way_of:
+            self._way_of[kind] = next((way for cls, way in self._ways if issubclass(kind, cls)), None)
+        if (found := self._way_of[kind]) is not None:
+            return found(self, value)
         package = kind.__module__.partition(".")[0]
         if package == "numpy" and (key := self._numpy(value)) is not None:
             return key
@@ -530,7 +534,8 @@ class _Keys:
             return _hash(b"slots", *map(self._state, state))
         # Attributes have no order.
         if type(state) is dict and set(map(type, state)) <= {str}:
-            return self.of([state[name] for name in sorted(state)]) + self.of(sorted(state))
+            names = sorted(state)
+            return self.of([*names, *map(state.__getitem__, names)])
         return self.of(state)
 
 
@@ -556,6 +561,8 @@ def _named(thing: Any) -> bytes:
 
 def _is_own(thing: Any) -> bool:
     """Tell whether a function or class is the notebook's, or of a local module: then it counts by what it is."""
+    if isinstance(thing, type) and not thing.__flags__ & _IN_PYTHON:
+        return False
     if _is_own_module(thing.__module__):
         return True
     found: Any = sys.modules.get(thing.__module__)
