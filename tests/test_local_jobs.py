@@ -30,11 +30,11 @@ def slow(x: int, seconds: float) -> int:
 
 
 def test_stack_does_not_stop_while_a_task_runs_and_stops_after_it(home: Home) -> None:
-    stack = Stack(home, slots=1, idle=lambda: 2.0)
+    stack = Stack(home, slots=1, idle=lambda: 4.0)
     with Queue(config=stack.ensure_up()) as queue:
-        assert queue.submit(slow, 7, 4.0).result(timeout=30) == 7
+        assert queue.submit(slow, 7, 6.0).result(timeout=30) == 7
     wait_until(lambda: not home.alive(), "the stack runs on")
-    assert stack.status().reason == "idle for 2 s"
+    assert stack.status().reason == "idle for 4 s"
 
 
 def test_job_goes_on_after_the_whole_stack_was_killed(home: Home) -> None:
