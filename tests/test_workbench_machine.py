@@ -7,7 +7,8 @@ Each rule sends one verb to both and compares the answers. After each, all that 
 model, and what no verb may break is checked without it: see Machine.nothing_is_lost. At the end a healthy node must be
 able to finish everything.
 
-Nothing sleeps: a lease lasts 1,000 s, and time passes by moving all times in Redis back, in steps of 300 s.
+Nothing sleeps: a lease lasts 1,000 s, and time passes by moving all times in Redis back, in steps of 300 s. A time that
+a client has set is given by the model's clock, which starts at 0: see Machine.server_time.
 
 To add a verb: a method of Model, and a rule that passes both calls to Machine.both. What it keeps in Redis goes into
 Model.view and observe.
@@ -47,7 +48,7 @@ from workbench_model import LEASE, WATERMARK, Model, steps
 
 from yadtq_nb import codec
 from yadtq_nb.config import Config
-from yadtq_nb.model import ChunkHead, Environment, Lease, Manifest, Seal, WorkerInfo
+from yadtq_nb.model import ChunkHead, Environment, Lease, Manifest, Policy, Retry, Seal, WorkerInfo
 from yadtq_nb.workbench.bench import Batch, Cursor, NotLiveError, Workbench
 from yadtq_nb.workbench.jobs import JobStore
 
@@ -68,14 +69,22 @@ T = TypeVar("T")
 
 
 _SHIFT = """
-for n = 1, 2 do
+for n = 1, 3 do
   for _, member in ipairs(redis.call('ZRANGE', KEYS[n], 0, -1)) do
     redis.call('ZINCRBY', KEYS[n], -ARGV[1], member)
   end
 end
-local reaped = redis.call('GET', KEYS[3])
+local reaped = redis.call('GET', KEYS[4])
 if reaped then
-  redis.call('SET', KEYS[3], string.format('%.6f', reaped - ARGV[1]))
+  redis.call('SET', KEYS[4], string.format('%.6f', reaped - ARGV[1]))
+end
+local open = redis.call('HGETALL', KEYS[5])
+for n = 1, #open, 2 do
+  local chunk = cmsgpack.unpack(open[n + 1])
+  for offset, due in pairs(chunk.due or {}) do
+    chunk.due[offset] = due - ARGV[1]
+  end
+  redis.call('HSET', KEYS[5], open[n], cmsgpack.pack(chunk))
 end
 """
 
@@ -103,7 +112,7 @@ class Store:
 
     def shift(self, seconds: float) -> None:
         """Let time pass: everything that was, is longer ago."""
-        self.redis.eval(_SHIFT, 3, *map(self.key, ("beats", "leases", "reaped")), seconds)
+        self.redis.eval(_SHIFT, 5, *map(self.key, ("beats", "leases", "delayed", "reaped", "open")), seconds)
 
     def dump(self) -> dict[bytes, tuple[int, bytes]]:
         pipe, names = self.redis.pipeline(transaction=False), self.redis.keys("*")
@@ -132,8 +141,8 @@ def observe(store: Store) -> dict[str, Any]:
     pipe.time().hgetall(key("cursor")).hgetall(key("open")).lrange(key("ready"), 0, -1).get(key("ready_bytes"))
     pipe.zrange(key("leases"), 0, -1, withscores=True).hgetall(key("at"))
     pipe.zrange(key("beats"), 0, -1, withscores=True).smembers(key("feeders")).smembers(key("dead"))
-    pipe.hkeys(key("restored"))
-    (now, _), cursor, packed, ready, ready_bytes, leases, at, beats, feeders, dead, restored = pipe.execute()
+    pipe.hkeys(key("restored")).zrange(key("delayed"), 0, -1, withscores=True)
+    (now, _), cursor, packed, ready, ready_bytes, leases, at, beats, feeders, dead, restored, delayed = pipe.execute()
     open = {id.decode(): msgspec.msgpack.decode(chunk) for id, chunk in packed.items()}
     assert int(ready_bytes or 0) == sum(open[id.decode()]["size"] for id in ready if id.decode() in open)
     temporary = [name for name in names if name.startswith((key("job:"), key("name:")))]
@@ -159,10 +168,15 @@ def observe(store: Store) -> dict[str, Any]:
                 chunk.get("owner"),
                 chunk.get("token", 0),
                 chunk["lapses"],
-                {int(offset): times for offset, times in dict(chunk["crashes"]).items()},
+                by_offset(chunk["crashes"]),
                 {tuple(position) for position in chunk["positions"]},
+                by_offset(chunk.get("tries")),
+                by_offset(chunk.get("notes")),
             )
             for id, chunk in open.items()
+        },
+        "due": {
+            id: {n: steps(due - now) for n, due in by_offset(chunk.get("due")).items()} for id, chunk in open.items()
         },
         "positions": {
             (topic, int(p), int(offset))
@@ -171,6 +185,7 @@ def observe(store: Store) -> dict[str, Any]:
             for offset in held
         },
         "ready": [id.decode() for id in ready],
+        "delayed": {id.decode(): steps(due - now) for id, due in delayed},
         "leases": {id.decode(): steps(deadline - now) for id, deadline in leases},
         "at": {id.decode(): int(offset) for id, offset in at.items()},
         "beats": {node.decode(): steps(beat - now) for node, beat in beats},
@@ -188,6 +203,10 @@ def observe(store: Store) -> dict[str, Any]:
         },
         "outcomes": outcomes,
     }
+
+
+def by_offset(table: Any) -> dict[int, Any]:
+    return {int(offset): value for offset, value in table.items()} if table else {}
 
 
 def read_outcomes(job: str, stored: dict[bytes, bytes]) -> dict[str, dict[int, tuple[int, str]]]:
@@ -225,6 +244,9 @@ class Machine(RuleBasedStateMachine):
         self.store = store
         self.model = Model(0.0)
         store.redis.flushdb()
+        self.began = store.jobs.now()
+        #: How much time has passed, and how much of it before the snapshot.
+        self.waited = self.waited_before = 0
         self.snapshot = (store.dump(), copy.deepcopy(self.model))
         self.topic = "t1"
         #: Topic -> partition -> what lies there; None is a record that cannot be read.
@@ -266,19 +288,25 @@ class Machine(RuleBasedStateMachine):
         if created:
             self.create("ok")
         for count in counts:
-            self.produce(0, count, concurrent=False, alone=False, gap=False)
+            self.produce(0, count, concurrent=False, alone=False, gap=False, later=0)
 
     @rule(
-        partition=PARTITION, count=st.integers(1, 3), concurrent=st.booleans(), alone=st.booleans(), gap=st.booleans()
+        partition=PARTITION,
+        count=st.integers(1, 3),
+        concurrent=st.booleans(),
+        alone=st.booleans(),
+        gap=st.booleans(),
+        later=st.sampled_from([0, 0, 0, 1, 3]),
     )
     @precondition(lambda self: len(self.heads) < MOST_CHUNKS and len(self.model.open) < OPEN_CHUNKS)
-    def produce(self, partition: int, count: int, concurrent: bool, alone: bool, gap: bool) -> None:
-        """Send a chunk of the map, or a job of its own, which needs neither manifest nor seal."""
+    def produce(self, partition: int, count: int, concurrent: bool, alone: bool, gap: bool, later: int) -> None:
+        """Send a chunk of the map, or a job of its own, which needs neither manifest nor seal; it may start later."""
         alone = alone or self.sealed
         mates = [] if alone else [head for head in self.heads if head.job == "map"]
         job, first = f"job{len(self.heads)}" if alone else "map", sum(head.count for head in mates)
         head = ChunkHead(job, len(mates), first, count, "f", "fn", 0, "item", concurrent, Environment(), job)
-        head = msgspec.structs.replace(head, total=count if alone else -1, created=1.0)
+        starts = Policy(start_after=self.waited + 300 * later - 100 if later else 0)
+        head = msgspec.structs.replace(head, total=count if alone else -1, created=1.0, policy=starts)
         self.heads.append(head)
         self.logs[self.topic][partition] += [None, head] if gap else [head]
 
@@ -395,7 +423,7 @@ class Machine(RuleBasedStateMachine):
             batches.append(Batch(p, node.topic, start, start + len(records), chunks))
         reply = self.both(
             fate,
-            lambda: self.store.bench(node.name).feed(batches, free),
+            lambda: self.store.bench(node.name).feed([self.dated(batch) for batch in batches], free),
             lambda: self.model.feed(node.name, batches, free),
             lambda reply: ([(f.status, f.cursor) for f in reply[0]], [(one.head.id, one.token) for one in reply[1]]),
         )
@@ -408,6 +436,18 @@ class Machine(RuleBasedStateMachine):
                 node.positions.pop(batch.partition, None)
         return self.hold(node, reply[1])
 
+    def dated(self, batch: Batch) -> Batch:
+        """Return it with times by the server's clock, in which what was is moved back instead."""
+        chunks = [(offset, self.date(head), record) for offset, head, record in batch.chunks]
+        return msgspec.structs.replace(batch, chunks=chunks)
+
+    def date(self, head: ChunkHead) -> ChunkHead:
+        starts = head.policy.start_after
+        return msgspec.structs.replace(head, policy=Policy(start_after=starts and self.server_time(starts)))
+
+    def server_time(self, at: float) -> float:
+        return self.began + at - self.waited
+
     # The node.
 
     @rule(target=leases, node=NODE, most=st.integers(1, 3), count=st.integers(1, 3))
@@ -415,7 +455,7 @@ class Machine(RuleBasedStateMachine):
         """Do what healthy clients and nodes do, so that there is something to spoil."""
         it = self.nodes[node]
         if len(self.model.open) < 2 and len(self.heads) < MOST_CHUNKS:
-            self.produce(node, count, concurrent=False, alone=False, gap=False)
+            self.produce(node, count, concurrent=False, alone=False, gap=False, later=0)
         self.say_alive(it)
         self.bury(it)
         fed, taken = self.read(it, [0, 1], most, 1), self.fill(it, 2)
@@ -428,11 +468,11 @@ class Machine(RuleBasedStateMachine):
     def fill(self, node: Node, count: int, fate: str = "ok") -> MultipleResults[Any]:
         taken = self.both(
             fate,
-            lambda: self.store.bench(node.name).take(count)[0],
+            lambda: self.store.bench(node.name).take(count),
             lambda: self.model.take(node.name, count),
-            lambda taken: [(x.head.id, x.token, set(x.done), x.crashes, x.lapses) for x in taken],
+            lambda reply: ([granted(lease) for lease in reply[0]], reply[1] if reply[1] is None else steps(reply[1])),
         )
-        return self.hold(node, taken or [])
+        return self.hold(node, taken[0] if taken else [])
 
     def hold(self, node: Node, granted: list[Lease]) -> MultipleResults[Any]:
         node.held.update({lease.head.id: lease for lease in granted})
@@ -477,6 +517,26 @@ class Machine(RuleBasedStateMachine):
             lambda: self.model.release(node.name, held, crashed),
         )
         self.drop(node, held)
+
+    @rule(
+        lease=leases,
+        offsets=st.sets(st.integers(0, 2), min_size=1),
+        times=st.sampled_from([1, 1, 2, 3]),
+        delay=st.sampled_from([300, 600, 900, 0]),
+        ends=st.booleans(),
+        fate=FATES,
+    )
+    def retry(self, lease: tuple[Node, Lease], offsets: set[int], times: int, delay: int, ends: bool, fate: str) -> None:
+        """Tasks have raised; mostly the chunk is given back then."""
+        node, held = lease
+        tries = [Retry(n, held.tries.get(n, 0) + times, delay, f"{self.runs}") for n in offsets if n < held.head.count]
+        self.both(
+            fate,
+            lambda: self.store.bench(node.name).retry(held, tries),
+            lambda: self.model.retry(node.name, held, tries),
+        )
+        if ends:
+            self.release(lease, None, fate)
 
     @rule(lease=leases, offset=st.integers(0, 2), fate=FATES)
     def mark(self, lease: tuple[Node, Lease], offset: int, fate: str) -> None:
@@ -553,6 +613,7 @@ class Machine(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         self.store.shift(seconds)
         self.model.now += seconds
+        self.waited += seconds
 
     @rule(node=NODE)
     @precondition(lambda self: self.model.open and len(self.logs) < 4)
@@ -566,6 +627,7 @@ class Machine(RuleBasedStateMachine):
     def sync(self) -> None:
         """Redis has on disk what it knows: marks that it has told may be committed from now on."""
         self.snapshot = (self.store.dump(), copy.deepcopy(self.model))
+        self.waited_before = self.waited
         self.settled, self.marks = self.settled + self.marks, []
 
     @rule(which=st.integers(0, 9))
@@ -582,7 +644,7 @@ class Machine(RuleBasedStateMachine):
         self.faults += 1
         dump, model = self.snapshot
         self.store.load(dump)
-        self.store.shift(self.model.now - model.now)
+        self.store.shift(self.waited - self.waited_before)
         now, self.model = self.model.now, copy.deepcopy(model)
         self.model.now, self.marks = now, []
 
@@ -592,7 +654,7 @@ class Machine(RuleBasedStateMachine):
         self.faults += 1
         self.store.redis.flushdb()
         self.model = Model(self.model.now)
-        self.snapshot = ({}, copy.deepcopy(self.model))
+        self.snapshot, self.waited_before = ({}, copy.deepcopy(self.model)), self.waited
         self.marks, self.settled = [], []
 
     # What always holds.
@@ -614,7 +676,8 @@ class Machine(RuleBasedStateMachine):
                     assert (cursor.topic_id, p, offset) in seen["positions"], "a commit may pass what is not finished"
                     assert head.id in seen["open"], "lost"
         waiting = [id for id, chunk in seen["open"].items() if chunk[1] is None]
-        assert sorted(seen["ready"]) == sorted(waiting), "ready twice, or neither ready nor leased"
+        found = [*seen["ready"], *seen["delayed"]]
+        assert sorted(found) == sorted(waiting), "waits twice, or neither waits nor is leased"
         assert seen["leases"].keys() == seen["open"].keys() - set(waiting), "a lease that never lapses"
 
     def teardown(self) -> None:
@@ -649,6 +712,20 @@ class Machine(RuleBasedStateMachine):
             self.redis_holds_what_the_model_says()
         if self.sealed and all(self.model.is_finished(head) for head in self.heads if head.job == "map"):
             assert self.model.jobs["map"].ended, "never ends"
+
+
+def granted(lease: Lease) -> tuple[Any, ...]:
+    notes = {offset: list(texts) for offset, texts in lease.notes.items()}
+    return (
+        lease.head.id,
+        lease.token,
+        set(lease.done),
+        lease.crashes,
+        lease.lapses,
+        lease.tries,
+        notes,
+        set(lease.waiting),
+    )
 
 
 def chosen(examples: int, **more: Any) -> settings:

@@ -7,7 +7,9 @@ import dataclasses
 import math
 from typing import Any
 
-from yadtq_nb.model import ChunkHead, Lease
+import msgspec
+
+from yadtq_nb.model import ChunkHead, Lease, Retry
 from yadtq_nb.workbench.bench import Batch, Cursor
 
 LEASE = 1_000.0
@@ -36,6 +38,11 @@ class Chunk:
     at: int | None = None
     lapses: int = 0
     crashes: dict[int, int] = dataclasses.field(default_factory=dict)
+    #: Of tasks that are to be tried again: how often they have raised, and what.
+    tries: dict[int, int] = dataclasses.field(default_factory=dict)
+    notes: dict[int, list[str]] = dataclasses.field(default_factory=dict)
+    #: Offset -> when that task may run; also of all tasks of a job that is to start later.
+    due: dict[int, float] = dataclasses.field(default_factory=dict)
 
 
 class Model:
@@ -48,6 +55,8 @@ class Model:
         self.cursor: dict[int, Cursor] = {}
         self.open: dict[str, Chunk] = {}
         self.ready: list[str] = []
+        #: Chunks that wait aside, and until when.
+        self.delayed: dict[str, float] = {}
         self.jobs: dict[str, Job] = {}
         #: Chunk -> offset -> run and state of its outcome.
         self.outcomes: dict[str, dict[int, tuple[int, str]]] = collections.defaultdict(dict)
@@ -92,16 +101,26 @@ class Model:
         if head.id in self.open:
             self.open[head.id].positions.add(position)
             return False
-        self.open[head.id] = Chunk(head, head.count if head.concurrent else 1, {position})
-        self.ready.append(head.id)
+        chunk = self.open[head.id] = Chunk(head, head.count if head.concurrent else 1, {position})
         job.fed += head.count
+        starts = head.policy.start_after
+        if starts > self.now:
+            chunk.due = dict.fromkeys(range(head.count), starts)
+            self.delayed[head.id] = starts
+            return False
+        self.ready.append(head.id)
         return True
 
     def take(self, node: str, count: int) -> Any:
         if not self.is_live(node):
             return "refused"
+        self.wake_delayed()
         taken, self.ready = self.ready[:count], self.ready[count:]
-        return [self.grant(id, node) for id in taken]
+        granted = [
+            (*self.grant(id, node), self.open[id].tries, self.open[id].notes, self.waiting(self.open[id]))
+            for id in taken
+        ]
+        return granted, steps(min(self.delayed.values()) - self.now) if self.delayed else None
 
     def finish(self, node: str, lease: Lease, results: dict[int, tuple[int, str]]) -> str:
         id = lease.head.id
@@ -117,9 +136,7 @@ class Model:
         if closed:
             if chunk.owner:
                 self.revoke(chunk)
-            else:
-                self.ready.remove(id)
-            del self.open[id]
+            self.forget(id)
         if new:
             self.end_if_complete(lease.head.job)
         return "closed" if closed else "current" if current else "lapsed"
@@ -131,6 +148,18 @@ class Model:
         if crashed is not None:
             chunk.crashes[crashed] = chunk.crashes.get(crashed, 0) + 1
         self.put_back(chunk)
+        return True
+
+    def retry(self, node: str, lease: Lease, tries: list[Retry]) -> bool:
+        if not self.holds(node, lease):
+            return False
+        chunk = self.open[lease.head.id]
+        for offset, times, delay, note in [msgspec.structs.astuple(one) for one in tries]:
+            if chunk.tries.get(offset, 0) < times:
+                chunk.tries[offset], chunk.due[offset] = times, self.now + delay
+                notes = chunk.notes.setdefault(offset, [])
+                notes.append(note)
+                del notes[5 : len(notes) - 7]
         return True
 
     def mark(self, node: str, lease: Lease, offset: int) -> bool:
@@ -169,6 +198,7 @@ class Model:
             if chunk.at is not None:
                 chunk.crashes[chunk.at] = chunk.crashes.get(chunk.at, 0) + 1
             self.put_back(chunk)
+        self.wake_delayed()
         return lapsed
 
     def init(self, partition: int, seen: Cursor | None, cursor: Cursor) -> Cursor | None:
@@ -214,8 +244,29 @@ class Model:
         self.jobs[chunk.head.job].running -= chunk.weight
 
     def put_back(self, chunk: Chunk) -> None:
+        """To the front of the line; or aside, while all tasks that are left wait for their next attempt."""
         self.revoke(chunk)
-        self.ready.insert(0, chunk.head.id)
+        id, waiting = chunk.head.id, self.waiting(chunk)
+        left = set(range(chunk.head.count)) - self.outcomes[id].keys()
+        if left <= waiting:
+            self.delayed[id] = min(chunk.due[n] for n in left)
+        else:
+            self.ready.insert(0, id)
+
+    def waiting(self, chunk: Chunk) -> set[int]:
+        return {n for n, due in chunk.due.items() if due > self.now}
+
+    def wake_delayed(self) -> None:
+        """What is due joins the line, in front."""
+        woken = sorted((due, id) for id, due in self.delayed.items() if due <= self.now)
+        for _, id in woken:
+            del self.delayed[id]
+        self.ready[:0] = [id for _, id in woken]
+
+    def forget(self, id: str) -> None:
+        del self.open[id]
+        self.delayed.pop(id, None)
+        self.ready = [other for other in self.ready if other != id]
 
     def is_finished(self, head: ChunkHead) -> bool:
         return len(self.outcomes[head.id]) == head.count
@@ -244,11 +295,13 @@ class Model:
         return {
             "cursor": self.cursor,
             "open": {
-                id: (set(self.outcomes[id]), c.owner, c.token, c.lapses, c.crashes, c.positions)
+                id: (set(self.outcomes[id]), c.owner, c.token, c.lapses, c.crashes, c.positions, c.tries, c.notes)
                 for id, c in self.open.items()
             },
+            "due": {id: {n: steps(due - self.now) for n, due in c.due.items()} for id, c in self.open.items()},
             "positions": self.positions(),
             "ready": self.ready,
+            "delayed": {id: steps(due - self.now) for id, due in self.delayed.items()},
             "leases": {id: steps(chunk.deadline - self.now) for id, chunk in leased.items()},
             "at": {id: chunk.at for id, chunk in leased.items() if chunk.at is not None},
             "beats": {node: steps(beat - self.now) for node, beat in self.beats.items()},
