@@ -170,16 +170,18 @@ end
 -- is stopped when its node names the lease; what comes from Kafka later is passed by.
 local function cancel_job(job, reason, now, keep)
   local name = job_key(job)
-  local f = redis.call('HMGET', name, 'total', 'succeeded', 'failed', 'ended', 'fed')
+  local f = redis.call('HMGET', name, 'total', 'succeeded', 'failed', 'ended', 'fed', 'cancelled')
   if f[4] then
     return 0
   end
-  local done = tonumber(f[2] or 0) + tonumber(f[3] or 0)
+  -- Tasks that were cancelled one by one have their outcome.
+  local dropped_before = tonumber(f[6] or 0)
+  local done = tonumber(f[2] or 0) + tonumber(f[3] or 0) + dropped_before
   local total = tonumber(f[1] or '-1')
   if total < 0 then
     total = math.max(done, tonumber(f[5] or 0))
   end
-  redis.call('HSET', name, 'id', job, 'cancel', reason, 'cancelled', total - done, 'total', total, 'sealed', 1)
+  redis.call('HSET', name, 'id', job, 'cancel', reason, 'cancelled', dropped_before + total - done, 'total', total, 'sealed', 1)
   end_job(job, now, keep)
   local mine = job .. ':'
   local kept, dropped = {}, {}
@@ -270,14 +272,19 @@ local function end_if_lost(job, now, keep, doubt)
   end
 end
 
--- Every task of a chunk has its outcome. The caller looks whether its job has ended with it.
-local function close_chunk(id, chunk, keep)
+-- Forget a chunk that may be leased, or wait in the line.
+local function remove(id, chunk)
   if chunk.owner then
     revoke(id, chunk)
   elseif redis.call('LREM', lane_key('ready', chunk.lane), 1, id) == 1 then
     count_ready_bytes(chunk, -1)
   end
   forget(id, chunk)
+end
+
+-- Every task of a chunk has its outcome. The caller looks whether its job has ended with it.
+local function close_chunk(id, chunk, keep)
+  remove(id, chunk)
   redis.call('SETBIT', job_key(chunk.job, 'finished'), chunk.number, 1)
   redis.call('EXPIRE', job_key(chunk.job, 'finished'), keep * 4)
 end

@@ -35,6 +35,11 @@ end
 if #dropped > 0 then
   redis.call('EXPIRE', skipped, keep * 4)
   redis.call('HINCRBY', name, 'cancelled', #dropped)
+  -- Redis may have lost the job meanwhile: create or feed write down the rest when they come, if they come.
+  redis.call('HSET', name, 'id', job)
+  if redis.call('TTL', name) < 0 then
+    redis.call('EXPIRE', name, keep * 4)
+  end
   local ended = end_if_complete(job, server_time(), keep) and 1 or 0
   tell(job, 'f', '', 'n', #dropped, 'e', ended, 's', cmsgpack.pack(dropped))
   redis.call('XADD', key('bell'), 'MAXLEN', '~', 64, '*', 'k', 'cancel')

@@ -82,6 +82,13 @@ local function add(id, c, job, position, data)
     end
     if chunk.left == 0 then
       close_chunk(id, chunk, keep)
+      -- Its record may come twice in this feed.
+      job.known = true
+      -- How many tasks it has may be known only now.
+      if end_if_complete(c[1], now, keep) then
+        job.ended = true
+        tell(c[1], 'f', '', 'n', 0, 'e', 1)
+      end
       return
     end
   end

@@ -11,10 +11,8 @@ if not chunk then
   return {'closed', 0}
 end
 if has_ended(chunk.job) then
-  if chunk.owner then
-    revoke(id, chunk)
-  end
-  forget(id, chunk)
+  -- Given back since the job was cancelled, it waits in the line: its place and its bytes go as well.
+  remove(id, chunk)
   redis.call('HINCRBY', job_key(chunk.job), 'late', #states)
   return {'closed', 0}
 end
