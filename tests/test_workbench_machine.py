@@ -24,7 +24,7 @@ import copy
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,7 +48,7 @@ from workbench_model import LEASE, WATERMARK, Model, steps
 
 from yadtq_nb import codec
 from yadtq_nb.config import Config
-from yadtq_nb.model import ChunkHead, Environment, Lease, Manifest, Policy, Retry, Seal, WorkerInfo
+from yadtq_nb.model import Cancel, ChunkHead, Environment, Lease, Manifest, Policy, Retry, Seal, WorkerInfo
 from yadtq_nb.workbench.bench import Batch, Cursor, NotLiveError, Workbench
 from yadtq_nb.workbench.jobs import JobStore
 
@@ -60,7 +60,9 @@ OPEN_CHUNKS = 4
 QUEUE = "machine"
 EXAMPLES = int(os.environ.get("YADTQ_EXAMPLES", "200"))
 
-COUNTS = (b"fed", b"running", b"succeeded", b"failed", b"late")
+COUNTS = (b"fed", b"running", b"succeeded", b"failed", b"late", b"cancelled")
+#: Where the reason stands in what is seen of a job.
+CANCEL = len(COUNTS) + 1
 FATES = st.sampled_from(["ok", "ok", "ok", "lost", "twice"])
 NODE = st.integers(0, NODES - 1)
 PARTITION = st.integers(0, PARTITIONS - 1)
@@ -89,12 +91,25 @@ end
 """
 
 
+class Jobs(JobStore):
+    """Something may happen after drop has looked where its tasks are."""
+
+    meanwhile: Callable[[], Any] | None = None
+
+    def _places(self, job: str, indices: Sequence[int]) -> dict[int, tuple[int, int]]:
+        places = super()._places(job, indices)
+        if self.meanwhile is not None:
+            happens, self.meanwhile = self.meanwhile, None
+            happens()
+        return places
+
+
 class Store:
     """The server, and one pair of hands for each name: they last for all examples."""
 
     def __init__(self, config: Config) -> None:
         self.config = msgspec.structs.replace(config, lease=LEASE, watermark_chunks=WATERMARK, watermark_bytes=None)
-        self.jobs = JobStore(self.config, QUEUE)
+        self.jobs = Jobs(self.config, QUEUE)
         self.redis = self.jobs._redis.client
         self.key = self.jobs._redis.key
         self.benches: dict[str, Workbench] = {}
@@ -151,14 +166,14 @@ def observe(store: Store) -> dict[str, Any]:
     for name in temporary:
         pipe.ttl(name)
     for name in jobs:
-        pipe.hgetall(name).hgetall(f"{name}:out")
+        pipe.hgetall(name).hgetall(f"{name}:out").smembers(f"{name}:dropped")
     for name in lines:
         pipe.zrange(name, 0, -1)
     cells = pipe.execute()
     assert all(ttl > 0 for ttl in cells[: len(temporary)]), "a job stays for ever"
-    found = cells[len(temporary) : len(temporary) + 2 * len(jobs)]
+    found = cells[len(temporary) : len(temporary) + 3 * len(jobs)]
     outcomes: dict[str, dict[int, tuple[int, str]]] = {}
-    for name, stored in zip(jobs, found[1::2], strict=True):
+    for name, stored in zip(jobs, found[1::3], strict=True):
         outcomes.update(read_outcomes(name.rpartition(":")[2], stored))
     return {
         "cursor": {int(p): Cursor.parse(at) for p, at in cursor.items()},
@@ -196,12 +211,18 @@ def observe(store: Store) -> dict[str, Any]:
             name.rpartition(":")[2]: (
                 *(int(job.get(part, 0)) for part in COUNTS),
                 int(job.get(b"total", -1)),
+                job.get(b"cancel", b"").decode(),
                 b"ended" in job,
                 b"name" in job,
             )
-            for name, job in zip(jobs, found[::2], strict=True)
+            for name, job in zip(jobs, found[::3], strict=True)
         },
         "outcomes": outcomes,
+        "dropped": {
+            name.rpartition(":")[2]: set(map(int, indices))
+            for name, indices in zip(jobs, found[2::3], strict=True)
+            if indices
+        },
     }
 
 
@@ -259,6 +280,8 @@ class Machine(RuleBasedStateMachine):
         self.settled: list[tuple[int, Cursor]] = []
         self.heads: list[ChunkHead] = []
         self.created = self.sealed = False
+        #: Jobs that someone has cancelled.
+        self.cancelled: set[str] = set()
         self.born = self.runs = self.faults = 0
         self.nodes = [self.bear() for _ in range(NODES)]
 
@@ -329,6 +352,35 @@ class Machine(RuleBasedStateMachine):
         seal = Seal("map", total)
         self.both(fate, lambda: self.store.jobs.seal(seal), lambda: self.model.seal("map", total), lambda reply: None)
 
+    @rule(which=st.integers(1, OPEN_CHUNKS), fate=FATES)
+    @precondition(lambda self: self.heads)
+    def cancel(self, which: int, fate: str) -> None:
+        job = self.heads[-which % len(self.heads)].job
+        self.cancelled.add(job)
+        self.send_cancel(job, fate)
+
+    def send_cancel(self, job: str, fate: str) -> None:
+        self.both(fate, lambda: self.store.jobs.cancel(Cancel(job)), lambda: self.model.cancel(job, "cancelled"))
+
+    @rule(
+        which=st.integers(1, OPEN_CHUNKS),
+        indices=st.sets(st.integers(0, 5), min_size=1, max_size=4),
+        feeder=st.none() | NODE,
+        fate=FATES,
+    )
+    @precondition(lambda self: self.heads)
+    def drop_tasks(self, which: int, indices: set[int], feeder: int | None, fate: str) -> None:
+        """Cancel single tasks around those of one chunk; it may be fed meanwhile."""
+        head = self.heads[-which % len(self.heads)]
+        sent = sum(other.count for other in self.heads if other.job == head.job)
+        chosen = [index for index in range(max(0, head.first - 1), sent) if index - head.first + 1 in indices]
+        if feeder is not None:
+            self.store.jobs.meanwhile = lambda: self.read(self.nodes[feeder], [0, 1], 2, 1)
+        self.both(
+            fate, lambda: self.store.jobs.drop(head.job, chosen), lambda: self.model.drop(head.job, chosen), sorted
+        )
+        self.store.jobs.meanwhile = None
+
     # The feeder.
 
     @rule(node=NODE, partition=PARTITION, at_topic=st.booleans(), replays=st.booleans())
@@ -351,11 +403,16 @@ class Machine(RuleBasedStateMachine):
 
     def replay(self, node: Node) -> None:
         self.begin_restore(node, "ok")
+        self.replay_jobs()
+        self.end_restore(node, "ok")
+
+    def replay_jobs(self) -> None:
         if self.created:
             self.create("ok")
         if self.sealed:
             self.seal("ok")
-        self.end_restore(node, "ok")
+        for job in sorted(self.cancelled):
+            self.send_cancel(job, "ok")
 
     @rule(node=NODE, fate=FATES, ends=st.booleans())
     def restore(self, node: int, fate: str, ends: bool) -> None:
@@ -364,10 +421,7 @@ class Machine(RuleBasedStateMachine):
         if not ends:
             self.begin_restore(it, fate)
         elif it.replays:
-            if self.created:
-                self.create("ok")
-            if self.sealed:
-                self.seal("ok")
+            self.replay_jobs()
             self.end_restore(it, fate)
 
     def begin_restore(self, node: Node, fate: str) -> None:
@@ -526,7 +580,9 @@ class Machine(RuleBasedStateMachine):
         ends=st.booleans(),
         fate=FATES,
     )
-    def retry(self, lease: tuple[Node, Lease], offsets: set[int], times: int, delay: int, ends: bool, fate: str) -> None:
+    def retry(
+        self, lease: tuple[Node, Lease], offsets: set[int], times: int, delay: int, ends: bool, fate: str
+    ) -> None:
         """Tasks have raised; mostly the chunk is given back then."""
         node, held = lease
         tries = [Retry(n, held.tries.get(n, 0) + times, delay, f"{self.runs}") for n in offsets if n < held.head.count]
@@ -557,8 +613,8 @@ class Machine(RuleBasedStateMachine):
         heard = self.both(
             fate,
             lambda: self.store.bench(node.name).beat(info, {"normal": (PARTITIONS, polls)}, named),
-            lambda: (self.model.beat(node.name, named, polls), len(self.model.ready)),
-            lambda heard: (heard.lost, heard.ready),
+            lambda: (*self.model.beat(node.name, named, polls), len(self.model.ready)),
+            lambda heard: (heard.lost, heard.dropped, heard.ready),
         )
         if heard is None:
             return
@@ -663,16 +719,25 @@ class Machine(RuleBasedStateMachine):
     def redis_holds_what_the_model_says(self) -> None:
         self.sound = False
         seen = observe(self.store)
-        assert seen == self.model.view()
+        expected = self.model.view()
+        differ = {part: (seen[part], expected[part]) for part in expected if seen[part] != expected[part]}
+        assert not differ, f"found, expected: {differ}"
         self.nothing_is_lost(seen)
         self.sound = True
 
     def nothing_is_lost(self, seen: dict[str, Any]) -> None:
         """Compare with what lies in Kafka; the model has no say in it."""
-        done = {id: len(outcomes) for id, outcomes in seen["outcomes"].items()}
+        done = collections.Counter({id: len(outcomes) for id, outcomes in seen["outcomes"].items()})
+        for head in self.heads:
+            dropped = {n for n in range(head.count) if head.first + n in seen["dropped"].get(head.job, ())}
+            done[head.id] += len(dropped)
+            assert not dropped & seen["outcomes"].get(head.id, {}).keys(), "cancelled, and finished as well"
+        ended = {job for job in self.cancelled & seen["jobs"].keys() if seen["jobs"][job][CANCEL]}
         for p, cursor in seen["cursor"].items():
             for offset, head in enumerate(self.logs[cursor.topic_id][p][: cursor.offset]):
-                if head is not None and offset >= self.floor[cursor.topic_id, p] and done.get(head.id) != head.count:
+                if head is None or offset < self.floor[cursor.topic_id, p] or head.job in ended:
+                    continue
+                if done[head.id] != head.count:
                     assert (cursor.topic_id, p, offset) in seen["positions"], "a commit may pass what is not finished"
                     assert head.id in seen["open"], "lost"
         waiting = [id for id, chunk in seen["open"].items() if chunk[1] is None]
@@ -707,11 +772,14 @@ class Machine(RuleBasedStateMachine):
         for p, log in enumerate(self.logs[self.topic]):
             assert self.model.cursor[p] == Cursor(self.topic, len(log)), "not fed"
         assert self.model.low(0) == self.model.cursor[0]
-        if self.created and not self.sealed:
-            self.seal("ok")
-            self.redis_holds_what_the_model_says()
-        if self.sealed and all(self.model.is_finished(head) for head in self.heads if head.job == "map"):
-            assert self.model.jobs["map"].ended, "never ends"
+        # A seal or cancel that a restart of Redis has taken away is in Kafka, but nobody tells it again by himself.
+        self.sealed |= self.created
+        self.replay_jobs()
+        self.redis_holds_what_the_model_says()
+        for job in {head.job for head in self.heads}:
+            mine = [head for head in self.heads if head.job == job]
+            if (self.sealed or job != "map") and all(map(self.model.is_finished, mine)):
+                assert self.model.jobs[job].ended, "never ends"
 
 
 def granted(lease: Lease) -> tuple[Any, ...]:

@@ -23,6 +23,13 @@ class Job:
     late: int = 0
     total: int = -1
     ended: bool = False
+    #: Why it was ended before its time.
+    cancel: str = ""
+    cancelled: int = 0
+    #: Indices of tasks that were cancelled one by one.
+    dropped: set[int] = dataclasses.field(default_factory=set)
+    #: Indices of those that have come from Kafka.
+    spans: set[int] = dataclasses.field(default_factory=set)
     #: False while only its seal is known.
     named: bool = False
 
@@ -43,6 +50,7 @@ class Chunk:
     notes: dict[int, list[str]] = dataclasses.field(default_factory=dict)
     #: Offset -> when that task may run; also of all tasks of a job that is to start later.
     due: dict[int, float] = dataclasses.field(default_factory=dict)
+    dropped: list[int] = dataclasses.field(default_factory=list)
 
 
 class Model:
@@ -58,7 +66,7 @@ class Model:
         #: Chunks that wait aside, and until when.
         self.delayed: dict[str, float] = {}
         self.jobs: dict[str, Job] = {}
-        #: Chunk -> offset -> run and state of its outcome.
+        #: Chunk -> offset -> run and state of its outcome; that of a dropped task is "C".
         self.outcomes: dict[str, dict[int, tuple[int, str]]] = collections.defaultdict(dict)
         self.beats: dict[str, float] = {}
         self.feeders: set[str] = set()
@@ -95,31 +103,43 @@ class Model:
 
     def feed_one(self, head: ChunkHead, position: tuple[str, int, int]) -> bool:
         job = self.jobs.setdefault(head.job, Job(total=head.total))
-        job.named = True
-        if self.is_finished(head):
+        if not job.named:
+            job.named, job.total = True, job.total if job.total >= 0 else head.total
+        if job.ended or self.is_finished(head):
             return False
         if head.id in self.open:
             self.open[head.id].positions.add(position)
             return False
         chunk = self.open[head.id] = Chunk(head, head.count if head.concurrent else 1, {position})
         job.fed += head.count
+        job.spans.update(range(head.first, head.first + head.count))
+        for n in range(head.count):
+            if head.first + n in job.dropped:
+                self.drop_task(chunk, n)
+        if self.is_finished(head):
+            self.forget(head.id)
+            self.end_if_complete(head.job)
+            return False
         starts = head.policy.start_after
         if starts > self.now:
             chunk.due = dict.fromkeys(range(head.count), starts)
             self.delayed[head.id] = starts
             return False
         self.ready.append(head.id)
-        return True
+        return not chunk.dropped
 
     def take(self, node: str, count: int) -> Any:
         if not self.is_live(node):
             return "refused"
         self.wake_delayed()
-        taken, self.ready = self.ready[:count], self.ready[count:]
-        granted = [
-            (*self.grant(id, node), self.open[id].tries, self.open[id].notes, self.waiting(self.open[id]))
-            for id in taken
-        ]
+        granted = []
+        while self.ready and len(granted) < count:
+            id = self.ready.pop(0)
+            chunk = self.open[id]
+            if self.jobs[chunk.head.job].ended:
+                self.forget(id)
+            else:
+                granted.append((*self.grant(id, node), chunk.tries, chunk.notes, self.waiting(chunk)))
         return granted, steps(min(self.delayed.values()) - self.now) if self.delayed else None
 
     def finish(self, node: str, lease: Lease, results: dict[int, tuple[int, str]]) -> str:
@@ -128,15 +148,17 @@ class Model:
         if chunk is None:
             return "closed"
         current, job, known = self.holds(node, lease), self.jobs[lease.head.job], self.outcomes[id]
+        if job.ended:
+            job.late += len(results)
+            self.close(chunk)
+            return "closed"
         # The first outcome of a task counts; without the current token only a success does.
         new = {o: result for o, result in results.items() if o not in known and (current or result[1] == "S")}
         known.update(new)
         job.late += len(results) - len(new)
         closed = len(known) == chunk.head.count
         if closed:
-            if chunk.owner:
-                self.revoke(chunk)
-            self.forget(id)
+            self.close(chunk)
         if new:
             self.end_if_complete(lease.head.job)
         return "closed" if closed else "current" if current else "lapsed"
@@ -159,7 +181,8 @@ class Model:
                 chunk.tries[offset], chunk.due[offset] = times, self.now + delay
                 notes = chunk.notes.setdefault(offset, [])
                 notes.append(note)
-                del notes[5 : len(notes) - 7]
+                if len(notes) > 12:
+                    del notes[5]
         return True
 
     def mark(self, node: str, lease: Lease, offset: int) -> bool:
@@ -168,15 +191,20 @@ class Model:
         self.open[lease.head.id].at = offset
         return True
 
-    def beat(self, node: str, leases: list[tuple[Lease, int]], polls: bool) -> list[str]:
+    def beat(self, node: str, leases: list[tuple[Lease, int]], polls: bool) -> tuple[list[str], dict[str, list[int]]]:
         self.beats[node] = self.now
         self.dead.discard(node)
         (self.feeders.add if polls else self.feeders.discard)(node)
-        kept = [(self.open[lease.head.id], offset) for lease, offset in leases if self.holds(node, lease)]
-        for chunk, offset in kept:
-            chunk.deadline = self.now + LEASE
-            chunk.at = offset if offset >= 0 else chunk.at
-        return [lease.head.id for lease, _ in leases if not self.holds(node, lease)]
+        for lease, offset in leases:
+            if self.holds(node, lease):
+                chunk = self.open[lease.head.id]
+                chunk.deadline = self.now + LEASE
+                chunk.at = offset if offset >= 0 else chunk.at
+                if self.jobs[lease.head.job].ended:
+                    self.close(chunk)
+        held = [lease.head.id for lease, _ in leases if self.holds(node, lease)]
+        lost = [lease.head.id for lease, _ in leases if not self.holds(node, lease)]
+        return lost, {id: self.open[id].dropped for id in held if self.open[id].dropped}
 
     def reap(self, dead: str) -> set[tuple[str, str]]:
         away = self.reaped is not None and self.now - self.reaped > LEASE
@@ -220,8 +248,42 @@ class Model:
         return job
 
     def seal(self, job: str, total: int) -> None:
+        if job in self.jobs and self.jobs[job].cancel:
+            return
         self.jobs.setdefault(job, Job()).total = total
         self.end_if_complete(job)
+
+    def cancel(self, job: str, reason: str) -> int:
+        it = self.jobs.setdefault(job, Job())
+        if it.ended:
+            return 0
+        done = self.done(job)
+        it.total = it.total if it.total >= 0 else max(done, it.fed)
+        it.ended, it.cancel, it.cancelled = True, reason, it.cancelled + it.total - done
+        for id, chunk in list(self.open.items()):
+            if chunk.head.job == job and chunk.owner is None:
+                self.forget(id)
+        return it.total - done
+
+    def drop(self, job: str, indices: list[int]) -> list[int]:
+        """Cancel single tasks, also such as have not come from Kafka yet."""
+        it = self.jobs.get(job, Job())
+        if it.ended:
+            return []
+        waiting = {c.head.first + n: (c, n) for c in self.open.values() for n in self.left(c) if c.head.job == job}
+        new = [i for i in indices if i not in it.dropped and (i not in it.spans or i in waiting)]
+        for index in new:
+            if index in waiting:
+                self.drop_task(*waiting[index])
+        for chunk in [chunk for chunk, _ in waiting.values()]:
+            if self.is_finished(chunk.head) and chunk.head.id in self.open:
+                self.close(chunk)
+        if new:
+            self.jobs[job] = it
+            it.dropped.update(new)
+            it.cancelled += len(new)
+            self.end_if_complete(job)
+        return new
 
     # What the verbs share.
 
@@ -247,11 +309,14 @@ class Model:
         """To the front of the line; or aside, while all tasks that are left wait for their next attempt."""
         self.revoke(chunk)
         id, waiting = chunk.head.id, self.waiting(chunk)
-        left = set(range(chunk.head.count)) - self.outcomes[id].keys()
+        left = self.left(chunk)
         if left <= waiting:
             self.delayed[id] = min(chunk.due[n] for n in left)
         else:
             self.ready.insert(0, id)
+
+    def left(self, chunk: Chunk) -> set[int]:
+        return set(range(chunk.head.count)) - self.outcomes[chunk.head.id].keys()
 
     def waiting(self, chunk: Chunk) -> set[int]:
         return {n for n, due in chunk.due.items() if due > self.now}
@@ -262,6 +327,15 @@ class Model:
         for _, id in woken:
             del self.delayed[id]
         self.ready[:0] = [id for _, id in woken]
+
+    def drop_task(self, chunk: Chunk, offset: int) -> None:
+        self.outcomes[chunk.head.id][offset] = (0, "C")
+        chunk.dropped.append(offset)
+
+    def close(self, chunk: Chunk) -> None:
+        if chunk.owner:
+            self.revoke(chunk)
+        self.forget(chunk.head.id)
 
     def forget(self, id: str) -> None:
         del self.open[id]
@@ -276,8 +350,12 @@ class Model:
         return collections.Counter(states)
 
     def end_if_complete(self, job: str) -> None:
-        if 0 <= self.jobs[job].total <= self.counts(job).total():
+        if 0 <= self.jobs[job].total <= self.done(job):
             self.jobs[job].ended = True
+
+    def done(self, job: str) -> int:
+        counts = self.counts(job)
+        return counts["S"] + counts["F"] + self.jobs[job].cancelled
 
     def positions(self) -> set[tuple[str, int, int]]:
         return {position for chunk in self.open.values() for position in chunk.positions}
@@ -315,14 +393,21 @@ class Model:
                     self.counts(id)["S"],
                     self.counts(id)["F"],
                     job.late,
+                    job.cancelled,
                     job.total,
+                    job.cancel,
                     job.ended,
                     job.named,
                 )
                 for id, job in self.jobs.items()
             },
-            "outcomes": {id: known for id, known in self.outcomes.items() if known},
+            "outcomes": {id: kept for id, known in self.outcomes.items() if (kept := without_dropped(known))},
+            "dropped": {id: job.dropped for id, job in self.jobs.items() if job.dropped},
         }
+
+
+def without_dropped(known: dict[int, tuple[int, str]]) -> dict[int, tuple[int, str]]:
+    return {n: outcome for n, outcome in known.items() if outcome[1] != "C"}
 
 
 def steps(seconds: float) -> int:
