@@ -21,6 +21,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import functools
 import json
 import math
 import os
@@ -48,11 +49,26 @@ from workbench_model import LEASE, WATERMARK, Model, steps
 
 from yadtq_nb import codec
 from yadtq_nb.config import Config
-from yadtq_nb.model import Cancel, ChunkHead, Environment, Lease, Manifest, Policy, Retry, Seal, WorkerInfo
-from yadtq_nb.workbench.bench import Batch, Cursor, NotLiveError, Workbench
+from yadtq_nb.model import (
+    LANES,
+    Cancel,
+    ChunkHead,
+    Environment,
+    Lane,
+    Lease,
+    Manifest,
+    Policy,
+    Retry,
+    Seal,
+    WorkerInfo,
+)
+from yadtq_nb.workbench.bench import Batch, Cursor, NotLiveError, Share, Workbench
 from yadtq_nb.workbench.jobs import JobStore
 
-PARTITIONS = 2
+#: Each partition is in one lane only, so that its number says which; the topics of all lanes have the same id here.
+GROUPS: dict[Lane, list[int]] = {"nested": [2], "high": [3], "normal": [0, 1], "low": [4]}
+LANE_OF = {partition: lane for lane, group in GROUPS.items() for partition in group}
+PARTITIONS = len(LANE_OF)
 NODES = 2
 MOST_CHUNKS = 20
 #: At a time.
@@ -65,7 +81,7 @@ COUNTS = (b"fed", b"running", b"succeeded", b"failed", b"late", b"cancelled")
 CANCEL = len(COUNTS) + 1
 FATES = st.sampled_from(["ok", "ok", "ok", "lost", "twice"])
 NODE = st.integers(0, NODES - 1)
-PARTITION = st.integers(0, PARTITIONS - 1)
+PARTITION = st.sampled_from([0, 0, 1, 1, 2, 3, 4])
 
 T = TypeVar("T")
 
@@ -112,13 +128,13 @@ class Store:
         self.jobs = Jobs(self.config, QUEUE)
         self.redis = self.jobs._redis.client
         self.key = self.jobs._redis.key
-        self.benches: dict[str, Workbench] = {}
+        self.benches: dict[tuple[str, Lane], Workbench] = {}
         self.records: dict[ChunkHead, bytes] = {}
 
-    def bench(self, name: str) -> Workbench:
-        if name not in self.benches:
-            self.benches[name] = Workbench(self.config, QUEUE, name)
-        return self.benches[name]
+    def bench(self, name: str, lane: Lane = "normal") -> Workbench:
+        if (name, lane) not in self.benches:
+            self.benches[name, lane] = Workbench(self.config, QUEUE, name, lane)
+        return self.benches[name, lane]
 
     def record(self, head: ChunkHead) -> bytes:
         if head not in self.records:
@@ -153,13 +169,20 @@ def observe(store: Store) -> dict[str, Any]:
     redis, key = store.redis, store.key
     names = [name.decode() for name in redis.keys("*")]
     pipe = redis.pipeline(transaction=False)
-    pipe.time().hgetall(key("cursor")).hgetall(key("open")).lrange(key("ready"), 0, -1).get(key("ready_bytes"))
+    pipe.time().hgetall(key("open"))
     pipe.zrange(key("leases"), 0, -1, withscores=True).hgetall(key("at"))
-    pipe.zrange(key("beats"), 0, -1, withscores=True).smembers(key("feeders")).smembers(key("dead"))
+    pipe.zrange(key("beats"), 0, -1, withscores=True).smembers(key("dead"))
     pipe.hkeys(key("restored")).zrange(key("delayed"), 0, -1, withscores=True)
-    (now, _), cursor, packed, ready, ready_bytes, leases, at, beats, feeders, dead, restored, delayed = pipe.execute()
+    for lane in LANES:
+        named = functools.partial(store.jobs._redis.lane_key, lane=lane)
+        pipe.hgetall(named("cursor")).lrange(named("ready"), 0, -1).get(named("ready_bytes")).smembers(named("feeders"))
+    (now, _), packed, leases, at, beats, dead, restored, delayed, *of_lanes = pipe.execute()
+    cursors, lines, ready_bytes, feeders = (dict(zip(LANES, of_lanes[n::4], strict=True)) for n in range(4))
+    ready = {lane: [id.decode() for id in line] for lane, line in lines.items()}
     open = {id.decode(): msgspec.msgpack.decode(chunk) for id, chunk in packed.items()}
-    assert int(ready_bytes or 0) == sum(open[id.decode()]["size"] for id in ready if id.decode() in open)
+    for lane, line in ready.items():
+        assert int(ready_bytes[lane] or 0) == sum(open[id]["size"] for id in line if id in open)
+        assert {int(p) for p in cursors[lane]} <= set(GROUPS[lane]), "another lane's cursor"
     temporary = [name for name in names if name.startswith((key("job:"), key("name:")))]
     jobs = [name for name in temporary if name.startswith(key("job:")) and name.count(":") == key("job:").count(":")]
     lines = [name for name in names if name.startswith(key("position:"))]
@@ -176,7 +199,7 @@ def observe(store: Store) -> dict[str, Any]:
     for name, stored in zip(jobs, found[1::3], strict=True):
         outcomes.update(read_outcomes(name.rpartition(":")[2], stored))
     return {
-        "cursor": {int(p): Cursor.parse(at) for p, at in cursor.items()},
+        "cursor": {int(p): Cursor.parse(at) for of_lane in cursors.values() for p, at in of_lane.items()},
         "open": {
             id: (
                 {n for n, flag in enumerate(chunk["done"]) if flag == "1"},
@@ -199,12 +222,12 @@ def observe(store: Store) -> dict[str, Any]:
             for topic, p in [name.split(":")[-2:]]
             for offset in held
         },
-        "ready": [id.decode() for id in ready],
+        "ready": ready,
         "delayed": {id.decode(): steps(due - now) for id, due in delayed},
         "leases": {id.decode(): steps(deadline - now) for id, deadline in leases},
         "at": {id.decode(): int(offset) for id, offset in at.items()},
         "beats": {node.decode(): steps(beat - now) for node, beat in beats},
-        "feeders": {node.decode() for node in feeders},
+        "feeders": {lane: {node.decode() for node in nodes} for lane, nodes in feeders.items()},
         "dead": {node.decode() for node in dead},
         "restored": {name.decode().removeprefix("by:") for name in restored},
         "jobs": {
@@ -279,6 +302,8 @@ class Machine(RuleBasedStateMachine):
         self.marks: list[tuple[int, Cursor]] = []
         self.settled: list[tuple[int, Cursor]] = []
         self.heads: list[ChunkHead] = []
+        #: Job -> a partition of its lane.
+        self.home: dict[str, int] = {}
         self.created = self.sealed = False
         #: Jobs that someone has cancelled.
         self.cancelled: set[str] = set()
@@ -324,19 +349,22 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.heads) < MOST_CHUNKS and len(self.model.open) < OPEN_CHUNKS)
     def produce(self, partition: int, count: int, concurrent: bool, alone: bool, gap: bool, later: int) -> None:
         """Send a chunk of the map, or a job of its own, which needs neither manifest nor seal; it may start later."""
-        alone = alone or self.sealed
+        alone = alone or self.sealed or LANE_OF[partition] != "normal"
         mates = [] if alone else [head for head in self.heads if head.job == "map"]
         job, first = f"job{len(self.heads)}" if alone else "map", sum(head.count for head in mates)
         head = ChunkHead(job, len(mates), first, count, "f", "fn", 0, "item", concurrent, Environment(), job)
         starts = Policy(start_after=self.waited + 300 * later - 100 if later else 0)
         head = msgspec.structs.replace(head, total=count if alone else -1, created=1.0, policy=starts)
         self.heads.append(head)
+        self.home.setdefault(job, partition)
         self.logs[self.topic][partition] += [None, head] if gap else [head]
 
     @rule(partition=PARTITION, which=st.integers(1, OPEN_CHUNKS))
     @precondition(lambda self: self.heads)
     def produce_again(self, partition: int, which: int) -> None:
-        self.logs[self.topic][partition].append(self.heads[-which % len(self.heads)])
+        head = self.heads[-which % len(self.heads)]
+        home = self.home[head.job]
+        self.logs[self.topic][partition if LANE_OF[partition] == LANE_OF[home] else home].append(head)
 
     @rule(fate=FATES)
     def create(self, fate: str) -> None:
@@ -375,7 +403,8 @@ class Machine(RuleBasedStateMachine):
         sent = sum(other.count for other in self.heads if other.job == head.job)
         chosen = [index for index in range(max(0, head.first - 1), sent) if index - head.first + 1 in indices]
         if feeder is not None:
-            self.store.jobs.meanwhile = lambda: self.read(self.nodes[feeder], [0, 1], 2, 1)
+            group = GROUPS[LANE_OF[self.home[head.job]]]
+            self.store.jobs.meanwhile = lambda: self.read(self.nodes[feeder], group, 2, 1)
         self.both(
             fate, lambda: self.store.jobs.drop(head.job, chosen), lambda: self.model.drop(head.job, chosen), sorted
         )
@@ -391,7 +420,7 @@ class Machine(RuleBasedStateMachine):
 
     def find(self, node: Node, partition: int, replays: bool = True) -> None:
         """Go to the cursor, or make up one that is to be set: Feeder._find up to its init."""
-        cursor = self.store.bench(node.name).cursor(partition)
+        cursor = self.store.bench(node.name, LANE_OF[partition]).cursor(partition)
         if cursor is not None and cursor.topic_id == node.topic:
             node.positions[partition] = cursor.offset
             return
@@ -447,7 +476,7 @@ class Machine(RuleBasedStateMachine):
         seen, made = node.seen.pop(partition)
         now = self.both(
             fate,
-            lambda: self.store.bench(node.name).init(partition, seen, made) or "none",
+            lambda: self.store.bench(node.name, LANE_OF[partition]).init(partition, seen, made) or "none",
             lambda: self.model.init(partition, seen, made) or "none",
         )
         if isinstance(now, Cursor) and now.topic_id == node.topic:
@@ -456,7 +485,7 @@ class Machine(RuleBasedStateMachine):
     @rule(
         target=leases,
         node=NODE,
-        partitions=st.sampled_from([[0], [1], [0, 1]]),
+        partitions=st.sampled_from([[0], [1], [0, 1], [0, 1], [2], [3], [4]]),
         most=st.sampled_from([2, 1, 3, 0]),
         free=st.sampled_from([1, 0, 2]),
         fate=FATES,
@@ -465,7 +494,8 @@ class Machine(RuleBasedStateMachine):
         return self.read(self.nodes[node], partitions, most, free, fate)
 
     def read(self, node: Node, partitions: list[int], most: int, free: int, fate: str = "ok") -> MultipleResults[Any]:
-        batches = []
+        """Feed what lies next in partitions of one lane."""
+        batches, lane = [], LANE_OF[partitions[0]]
         for p in partitions:
             if p not in node.positions:
                 self.find(node, p)
@@ -477,8 +507,8 @@ class Machine(RuleBasedStateMachine):
             batches.append(Batch(p, node.topic, start, start + len(records), chunks))
         reply = self.both(
             fate,
-            lambda: self.store.bench(node.name).feed([self.dated(batch) for batch in batches], free),
-            lambda: self.model.feed(node.name, batches, free),
+            lambda: self.store.bench(node.name, lane).feed([self.dated(batch) for batch in batches], free),
+            lambda: self.model.feed(node.name, batches, free, lane),
             lambda reply: ([(f.status, f.cursor) for f in reply[0]], [(one.head.id, one.token) for one in reply[1]]),
         )
         if reply is None:
@@ -512,18 +542,23 @@ class Machine(RuleBasedStateMachine):
             self.produce(node, count, concurrent=False, alone=False, gap=False, later=0)
         self.say_alive(it)
         self.bury(it)
-        fed, taken = self.read(it, [0, 1], most, 1), self.fill(it, 2)
-        return multiple(*fed.values, *taken.values)
+        fed = [self.read(it, group, most, 1) for group in self.groups_in_use()]
+        taken = self.fill(it, 2)
+        return multiple(*(lease for granted in fed for lease in granted.values), *taken.values)
 
-    @rule(target=leases, node=NODE, count=st.integers(1, 2), fate=FATES)
-    def take(self, node: int, count: int, fate: str) -> MultipleResults[Any]:
-        return self.fill(self.nodes[node], count, fate)
+    def groups_in_use(self) -> list[list[int]]:
+        return [group for group in GROUPS.values() if any(self.logs[self.topic][p] for p in group)]
 
-    def fill(self, node: Node, count: int, fate: str = "ok") -> MultipleResults[Any]:
+    @rule(target=leases, node=NODE, count=st.integers(1, 3), plain=st.sampled_from([3, 3, 1, 0]), fate=FATES)
+    def take(self, node: int, count: int, plain: int, fate: str) -> MultipleResults[Any]:
+        """Take chunks; if any but nested ones are among them, up to plain."""
+        return self.fill(self.nodes[node], count, min(count, plain), fate)
+
+    def fill(self, node: Node, count: int, plain: int | None = None, fate: str = "ok") -> MultipleResults[Any]:
         taken = self.both(
             fate,
-            lambda: self.store.bench(node.name).take(count),
-            lambda: self.model.take(node.name, count),
+            lambda: self.store.bench(node.name).take(count, plain=plain),
+            lambda: self.model.take(node.name, count, count if plain is None else plain),
             lambda reply: ([granted(lease) for lease in reply[0]], reply[1] if reply[1] is None else steps(reply[1])),
         )
         return self.hold(node, taken[0] if taken else [])
@@ -603,37 +638,48 @@ class Machine(RuleBasedStateMachine):
             lambda: self.model.mark(node.name, held, offset),
         )
 
-    @rule(node=NODE, polls=st.sampled_from([True, True, False]), offset=st.integers(-1, 2), fate=FATES)
-    def beat(self, node: int, polls: bool, offset: int, fate: str) -> None:
+    @rule(
+        node=NODE,
+        polls=st.sampled_from([LANES, LANES, LANES, (), ("normal",), ("nested", "high")]),
+        offset=st.integers(-1, 2),
+        fate=FATES,
+    )
+    def beat(self, node: int, polls: Sequence[Lane], offset: int, fate: str) -> None:
+        """Of the lanes that it does not poll a node may still read some."""
         self.say_alive(self.nodes[node], polls, offset, fate)
 
-    def say_alive(self, node: Node, polls: bool = True, offset: int = -1, fate: str = "ok") -> None:
+    def say_alive(self, node: Node, polls: Sequence[Lane] = LANES, offset: int = -1, fate: str = "ok") -> None:
         info = WorkerInfo(node.name, "host", 1, 2, 0, 0, 0.0, "3.11")
         named = [(lease, offset) for lease in node.held.values()]
+        read = {lane: (PARTITIONS, lane in polls) for lane in LANES if lane in polls or lane in ("normal", "low")}
         heard = self.both(
             fate,
-            lambda: self.store.bench(node.name).beat(info, {"normal": (PARTITIONS, polls)}, named),
-            lambda: (*self.model.beat(node.name, named, polls), len(self.model.ready)),
+            lambda: self.store.bench(node.name).beat(info, read, named),
+            lambda: self.model.beat(node.name, named, set(polls)),
             lambda heard: (heard.lost, heard.dropped, heard.ready),
         )
         if heard is None:
             return
         for id in heard.lost:
             del node.held[id]
-        found = self.store.redis.hgetall(self.store.key("partitions"))
+        assert {share.lane for share in heard.shares} <= read.keys()
+        for lane in read:
+            self.look_at_shares(node, lane, [share for share in heard.shares if share.lane == lane], lane in polls)
+
+    def look_at_shares(self, node: Node, lane: Lane, shares: list[Share], polls: bool) -> None:
+        found = self.store.redis.hgetall(self.store.jobs._redis.lane_key("partitions", lane))
         owners = [found.get(str(p).encode(), b"").decode() for p in range(PARTITIONS)]
-        live = {name for name in self.model.feeders if self.model.is_live(name)}
+        live = {name for name in self.model.feeders[lane] if self.model.is_live(name)}
         ours = [p for p, owner in enumerate(owners) if owner == node.name]
-        assert sorted(share.partition for share in heard.shares) == ours
-        assert len(heard.shares) <= (math.ceil(PARTITIONS / len(live)) if polls else 0), "more than a fair share"
-        assert not polls or heard.shares or live.issuperset(owners), "partitions that nobody reads"
-        for share in heard.shares:
-            assert (share.cursor, share.low) == (
-                self.model.cursor.get(share.partition),
-                self.model.low(share.partition),
-            )
+        assert sorted(share.partition for share in shares) == ours
+        assert len(shares) <= (math.ceil(PARTITIONS / len(live)) if polls else 0), "more than a fair share"
+        assert not polls or shares or live.issuperset(owners), "partitions that nobody reads"
+        for share in shares:
+            p = share.partition
+            known = (self.model.cursor.get(p), self.model.low(p)) if LANE_OF[p] == lane else (None, None)
+            assert (share.cursor, share.low) == known
             if share.low is not None:
-                self.marks.append((share.partition, share.low))
+                self.marks.append((p, share.low))
 
     @rule(node=NODE, fate=FATES)
     def reap(self, node: int, fate: str) -> None:
@@ -657,7 +703,7 @@ class Machine(RuleBasedStateMachine):
         if told:
             self.bury(self.nodes[node], dead.name)
         if late:
-            self.fill(dead, 1, "lost")
+            self.fill(dead, 1, fate="lost")
 
     @rule(count=st.integers(1, 4), asleep=st.sets(NODE))
     def pass_time(self, count: int, asleep: set[int]) -> None:
@@ -741,7 +787,7 @@ class Machine(RuleBasedStateMachine):
                     assert (cursor.topic_id, p, offset) in seen["positions"], "a commit may pass what is not finished"
                     assert head.id in seen["open"], "lost"
         waiting = [id for id, chunk in seen["open"].items() if chunk[1] is None]
-        found = [*seen["ready"], *seen["delayed"]]
+        found = [*seen["delayed"], *(id for line in seen["ready"].values() for id in line)]
         assert sorted(found) == sorted(waiting), "waits twice, or neither waits nor is leased"
         assert seen["leases"].keys() == seen["open"].keys() - set(waiting), "a lease that never lapses"
 
@@ -750,7 +796,6 @@ class Machine(RuleBasedStateMachine):
         if not self.sound:
             return
         node = self.bear()
-        everywhere = list(range(PARTITIONS))
         # The first reap may find that nobody has reaped for long; then the leases of the dead lapse.
         for _ in range(7):
             self.say_alive(node)
@@ -758,20 +803,21 @@ class Machine(RuleBasedStateMachine):
             self.turn_to_topic(node)
             for _ in range(2 * MOST_CHUNKS):
                 before = dict(node.positions)
-                self.read(node, everywhere, 400, 1)
+                for group in self.groups_in_use():
+                    self.read(node, group, 400, 1)
                 self.fill(node, 9)
                 for lease in list(node.held.values()):
                     self.tell(node, lease, "SSS")
-                if before == node.positions and not self.model.ready:
+                if before == node.positions and not any(self.model.ready.values()):
                     break
             else:
                 raise AssertionError("never quiet")
             self.redis_holds_what_the_model_says()
             self.wait(600)
         assert not self.model.open, "stuck"
-        for p, log in enumerate(self.logs[self.topic]):
-            assert self.model.cursor[p] == Cursor(self.topic, len(log)), "not fed"
-        assert self.model.low(0) == self.model.cursor[0]
+        for p in [p for group in self.groups_in_use() for p in group]:
+            assert self.model.cursor[p] == Cursor(self.topic, len(self.logs[self.topic][p])), "not fed"
+            assert self.model.low(p) == self.model.cursor[p]
         # A seal or cancel that a restart of Redis has taken away is in Kafka, but nobody tells it again by himself.
         self.sealed |= self.created
         self.replay_jobs()

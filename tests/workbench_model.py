@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from yadtq_nb.model import ChunkHead, Lease, Retry
+from yadtq_nb.model import LANES, ChunkHead, Lane, Lease, Retry
 from yadtq_nb.workbench.bench import Batch, Cursor
 
 LEASE = 1_000.0
@@ -37,6 +37,7 @@ class Job:
 @dataclasses.dataclass
 class Chunk:
     head: ChunkHead
+    lane: Lane
     weight: int
     positions: set[tuple[str, int, int]]
     owner: str | None = None
@@ -62,14 +63,14 @@ class Model:
         self.token = 0
         self.cursor: dict[int, Cursor] = {}
         self.open: dict[str, Chunk] = {}
-        self.ready: list[str] = []
+        self.ready: dict[Lane, list[str]] = {lane: [] for lane in LANES}
         #: Chunks that wait aside, and until when.
         self.delayed: dict[str, float] = {}
         self.jobs: dict[str, Job] = {}
         #: Chunk -> offset -> run and state of its outcome; that of a dropped task is "C".
         self.outcomes: dict[str, dict[int, tuple[int, str]]] = collections.defaultdict(dict)
         self.beats: dict[str, float] = {}
-        self.feeders: set[str] = set()
+        self.feeders: dict[Lane, set[str]] = {lane: set() for lane in LANES}
         self.dead: set[str] = set()
         #: Nodes that replay the jobs topic, and whether one has done so.
         self.replaying: set[str] = set()
@@ -77,11 +78,12 @@ class Model:
 
     # Verbs.
 
-    def feed(self, node: str, batches: list[Batch], free: int) -> Any:
+    def feed(self, node: str, batches: list[Batch], free: int, lane: Lane = "normal") -> Any:
         if not self.is_live(node):
             return "refused"
         replies, leases = [], []
-        free = 0 if self.ready else free
+        # What waits in this lane, or in one that is served before it, comes first.
+        free = 0 if any(self.ready[other] for other in LANES[: LANES.index(lane) + 1]) else free
         for batch in batches:
             cursor = self.cursor.get(batch.partition)
             status = "fed"
@@ -89,19 +91,19 @@ class Model:
                 status = "no cursor"
             elif cursor != Cursor(batch.topic_id, batch.expected):
                 status = "moved"
-            elif len(self.ready) >= WATERMARK:
+            elif lane != "nested" and len(self.ready[lane]) >= WATERMARK:
                 status = "full"
             else:
                 for offset, head, _ in batch.chunks:
                     position = (batch.topic_id, batch.partition, offset)
-                    if self.feed_one(head, position) and free > len(leases):
-                        self.ready.remove(head.id)
+                    if self.feed_one(head, position, lane) and free > len(leases):
+                        self.ready[lane].remove(head.id)
                         leases.append(self.grant(head.id, node)[:2])
                 cursor = self.cursor[batch.partition] = Cursor(batch.topic_id, batch.next)
             replies.append((status, cursor))
         return replies, leases
 
-    def feed_one(self, head: ChunkHead, position: tuple[str, int, int]) -> bool:
+    def feed_one(self, head: ChunkHead, position: tuple[str, int, int], lane: Lane) -> bool:
         job = self.jobs.setdefault(head.job, Job(total=head.total))
         if not job.named:
             job.named, job.total = True, job.total if job.total >= 0 else head.total
@@ -110,7 +112,7 @@ class Model:
         if head.id in self.open:
             self.open[head.id].positions.add(position)
             return False
-        chunk = self.open[head.id] = Chunk(head, head.count if head.concurrent else 1, {position})
+        chunk = self.open[head.id] = Chunk(head, lane, head.count if head.concurrent else 1, {position})
         job.fed += head.count
         job.spans.update(range(head.first, head.first + head.count))
         for n in range(head.count):
@@ -125,21 +127,22 @@ class Model:
             chunk.due = dict.fromkeys(range(head.count), starts)
             self.delayed[head.id] = starts
             return False
-        self.ready.append(head.id)
+        self.ready[lane].insert(0 if lane == "nested" else len(self.ready[lane]), head.id)
         return not chunk.dropped
 
-    def take(self, node: str, count: int) -> Any:
+    def take(self, node: str, count: int, plain: int) -> Any:
         if not self.is_live(node):
             return "refused"
         self.wake_delayed()
-        granted = []
-        while self.ready and len(granted) < count:
-            id = self.ready.pop(0)
-            chunk = self.open[id]
-            if self.jobs[chunk.head.job].ended:
-                self.forget(id)
-            else:
-                granted.append((*self.grant(id, node), chunk.tries, chunk.notes, self.waiting(chunk)))
+        granted: list[tuple[Any, ...]] = []
+        for lane, line in self.ready.items():
+            while line and len(granted) < (count if lane == "nested" else plain):
+                id = line.pop(0)
+                chunk = self.open[id]
+                if self.jobs[chunk.head.job].ended:
+                    self.forget(id)
+                else:
+                    granted.append((*self.grant(id, node), chunk.tries, chunk.notes, self.waiting(chunk)))
         return granted, steps(min(self.delayed.values()) - self.now) if self.delayed else None
 
     def finish(self, node: str, lease: Lease, results: dict[int, tuple[int, str]]) -> str:
@@ -191,10 +194,11 @@ class Model:
         self.open[lease.head.id].at = offset
         return True
 
-    def beat(self, node: str, leases: list[tuple[Lease, int]], polls: bool) -> tuple[list[str], dict[str, list[int]]]:
+    def beat(self, node: str, leases: list[tuple[Lease, int]], polls: set[Lane]) -> Any:
         self.beats[node] = self.now
         self.dead.discard(node)
-        (self.feeders.add if polls else self.feeders.discard)(node)
+        for lane, feeders in self.feeders.items():
+            (feeders.add if lane in polls else feeders.discard)(node)
         for lease, offset in leases:
             if self.holds(node, lease):
                 chunk = self.open[lease.head.id]
@@ -204,13 +208,15 @@ class Model:
                     self.close(chunk)
         held = [lease.head.id for lease, _ in leases if self.holds(node, lease)]
         lost = [lease.head.id for lease, _ in leases if not self.holds(node, lease)]
-        return lost, {id: self.open[id].dropped for id in held if self.open[id].dropped}
+        ready = sum(map(len, self.ready.values()))
+        return lost, {id: self.open[id].dropped for id in held if self.open[id].dropped}, ready
 
     def reap(self, dead: str) -> set[tuple[str, str]]:
         away = self.reaped is not None and self.now - self.reaped > LEASE
         self.reaped = self.now
         if dead:
-            self.feeders.discard(dead)
+            for feeders in self.feeders.values():
+                feeders.discard(dead)
             self.dead.add(dead)
         lapsed = set()
         for id, chunk in self.open.items():
@@ -313,7 +319,7 @@ class Model:
         if left <= waiting:
             self.delayed[id] = min(chunk.due[n] for n in left)
         else:
-            self.ready.insert(0, id)
+            self.ready[chunk.lane].insert(0, id)
 
     def left(self, chunk: Chunk) -> set[int]:
         return set(range(chunk.head.count)) - self.outcomes[chunk.head.id].keys()
@@ -324,9 +330,9 @@ class Model:
     def wake_delayed(self) -> None:
         """What is due joins the line, in front."""
         woken = sorted((due, id) for id, due in self.delayed.items() if due <= self.now)
-        for _, id in woken:
+        for _, id in reversed(woken):
             del self.delayed[id]
-        self.ready[:0] = [id for _, id in woken]
+            self.ready[self.open[id].lane].insert(0, id)
 
     def drop_task(self, chunk: Chunk, offset: int) -> None:
         self.outcomes[chunk.head.id][offset] = (0, "C")
@@ -338,9 +344,10 @@ class Model:
         self.forget(chunk.head.id)
 
     def forget(self, id: str) -> None:
-        del self.open[id]
+        line = self.ready[self.open.pop(id).lane]
         self.delayed.pop(id, None)
-        self.ready = [other for other in self.ready if other != id]
+        if id in line:
+            line.remove(id)
 
     def is_finished(self, head: ChunkHead) -> bool:
         return len(self.outcomes[head.id]) == head.count
