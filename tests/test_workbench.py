@@ -601,6 +601,22 @@ def test_job_whose_tasks_were_all_cancelled_before_the_workbench_knew_it_ends_wh
     assert record.ended is not None
 
 
+def test_job_is_not_lost_while_a_task_runs_when_others_were_cancelled_that_never_came(bench: Bench) -> None:
+    (lease,) = bench.feed(bench.head(0), free=1)
+    bench.store.seal(Seal("job", 3, {f"{TOPIC}/0": 1}))
+    assert bench.store.drop("job", [1]) == [1]
+    node = Workbench(msgspec.structs.replace(bench.config, doubt=0.1), bench.queue, "b")
+    until = time.monotonic() + 3
+    while time.monotonic() < until:
+        bench.beat("a", lease)
+        node.reap()
+        time.sleep(0.1)
+    node.close()
+    record = bench.store.record("job")
+    assert record is not None
+    assert (record.ended, bench.finish("a", lease)) == (None, "closed")
+
+
 def test_job_that_redis_has_lost_expires_when_its_tasks_are_cancelled(bench: Bench) -> None:
     assert bench.store.drop("job", [0]) == [0]
     record = bench.store.record("job")

@@ -351,7 +351,7 @@ class Machine(RuleBasedStateMachine):
         """Send a chunk of the map, or a job of its own, which needs neither manifest nor seal; it may start later."""
         alone = alone or self.sealed or LANE_OF[partition] != "normal"
         mates = [] if alone else [head for head in self.heads if head.job == "map"]
-        job, first = f"job{len(self.heads)}" if alone else "map", sum(head.count for head in mates)
+        job, first = f"map{len(self.heads)}" if alone else "map", sum(head.count for head in mates)
         head = ChunkHead(job, len(mates), first, count, "f", "fn", 0, "item", concurrent, Environment(), job)
         starts = Policy(start_after=self.waited + 300 * later - 100 if later else 0)
         head = msgspec.structs.replace(head, total=count if alone else -1, created=1.0, policy=starts)

@@ -243,14 +243,15 @@ end
 -- outcomes went with the workbench, or their record could not be read.
 local function end_if_lost(job, now, keep, doubt)
   local name = job_key(job)
-  local f = redis.call('HMGET', name, 'total', 'fed', 'succeeded', 'failed', 'cancelled', 'ends', 'doubted', 'lane')
+  local f = redis.call('HMGET', name, 'total', 'fed', 'succeeded', 'failed', 'cancelled', 'ends', 'doubted', 'lane', 'unfed')
   if not f[1] then
     redis.call('SREM', key('sealed'), job)
     return
   end
   local total, fed = tonumber(f[1]), tonumber(f[2] or 0)
   local done = tonumber(f[3] or 0) + tonumber(f[4] or 0) + tonumber(f[5] or 0)
-  local passed = done >= fed and done < total
+  -- A task that was cancelled before it came says nothing of those that came.
+  local passed = done - tonumber(f[9] or 0) >= fed and done < total
   for place, offset in pairs(passed and cmsgpack.unpack(f[6]) or {}) do
     local topic, partition = place:match('^(.*)/(%d+)$')
     local cursor = redis.call('HGET', lane_key('cursor', f[8] or 'normal'), partition)

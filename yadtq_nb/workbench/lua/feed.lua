@@ -78,6 +78,7 @@ local function add(id, c, job, position, data)
     for offset = 0, c[4] - 1 do
       if redis.call('SISMEMBER', job_key(c[1], 'dropped'), c[3] + offset) == 1 then
         drop_task(chunk, offset)
+        redis.call('HINCRBY', job.name, 'unfed', -1)
       end
     end
     if chunk.left == 0 then
