@@ -611,6 +611,66 @@ def test_cancel_takes_only_its_own_job_out_of_the_line(bench: Bench) -> None:
     assert [lease.head.id for lease in bench.node("a").take(9)[0]] == ["job2:0", "job2:1"]
 
 
+def test_late_outcome_of_a_cancelled_chunk_that_was_given_back_takes_its_place_in_the_line_away(bench: Bench) -> None:
+    (lease,) = bench.feed(bench.head(0), free=1)
+    bench.store.cancel(Cancel("job"))
+    assert bench.node("a").release(lease)
+    assert bench.finish("a", lease) == "closed"
+    redis, key = bench.store._redis.client, bench.store._redis.key
+    assert (redis.llen(key("ready")), redis.get(key("ready_bytes"))) == (0, b"0"), (
+        "feeders would stop for ever in the end"
+    )
+
+
+def test_cancel_counts_tasks_that_were_cancelled_one_by_one_before_it_once(bench: Bench) -> None:
+    bench.feed(bench.head(0, count=3))
+    assert bench.store.drop("job", [1, 2]) == [1, 2]
+    assert bench.store.cancel(Cancel("job")) == 1
+    record = bench.store.record("job")
+    assert record is not None
+    assert (record.cancelled, record.total) == (3, 3)
+
+
+def test_chunk_whose_tasks_were_all_cancelled_is_counted_once_when_a_feed_has_it_twice(bench: Bench) -> None:
+    bench.store.drop("job", [0])
+    assert bench.feed(bench.head(0), bench.head(0), free=2) == []
+    record = bench.store.record("job")
+    assert record is not None
+    assert (record.fed, record.cancelled) == (1, 1)
+
+
+def test_job_whose_tasks_were_all_cancelled_before_the_workbench_knew_it_ends_when_it_comes(bench: Bench) -> None:
+    for index in (0, 1):
+        bench.store.drop("job", [index])
+    bench.feed(msgspec.structs.replace(bench.head(0, count=2), total=2))
+    record = bench.store.record("job")
+    assert record is not None
+    assert record.ended is not None
+
+
+def test_job_is_not_lost_while_a_task_runs_when_others_were_cancelled_that_never_came(bench: Bench) -> None:
+    (lease,) = bench.feed(bench.head(0), free=1)
+    bench.store.seal(Seal("job", 3, {f"{TOPIC}/0": 1}))
+    assert bench.store.drop("job", [1]) == [1]
+    node = Workbench(msgspec.structs.replace(bench.config, doubt=0.1), bench.queue, "b")
+    until = time.monotonic() + 3
+    while time.monotonic() < until:
+        bench.beat("a", lease)
+        node.reap()
+        time.sleep(0.1)
+    node.close()
+    record = bench.store.record("job")
+    assert record is not None
+    assert (record.ended, bench.finish("a", lease)) == (None, "closed")
+
+
+def test_job_that_redis_has_lost_expires_when_its_tasks_are_cancelled(bench: Bench) -> None:
+    assert bench.store.drop("job", [0]) == [0]
+    record = bench.store.record("job")
+    assert record is not None
+    assert record.expires > 0
+
+
 def test_cancel_survives_a_wipe_by_the_journal(bench: Bench) -> None:
     entries = [
         journal.encode(bench.config.key, entry) for entry in (Manifest("job", "sweep", "fn", 1.0, 5), Cancel("job"))

@@ -355,16 +355,18 @@ end
 -- is stopped when its node names the lease; what comes from Kafka later is passed by.
 local function cancel_job(job, reason, now, keep)
   local name = job_key(job)
-  local f = redis.call('HMGET', name, 'total', 'succeeded', 'failed', 'ended', 'fed')
+  local f = redis.call('HMGET', name, 'total', 'succeeded', 'failed', 'ended', 'fed', 'cancelled')
   if f[4] then
     return 0
   end
-  local done = tonumber(f[2] or 0) + tonumber(f[3] or 0)
+  -- Tasks that were cancelled one by one have their outcome.
+  local dropped_before = tonumber(f[6] or 0)
+  local done = tonumber(f[2] or 0) + tonumber(f[3] or 0) + dropped_before
   local total = tonumber(f[1] or '-1')
   if total < 0 then
     total = math.max(done, tonumber(f[5] or 0))
   end
-  redis.call('HSET', name, 'id', job, 'cancel', reason, 'cancelled', total - done, 'total', total, 'sealed', 1)
+  redis.call('HSET', name, 'id', job, 'cancel', reason, 'cancelled', dropped_before + total - done, 'total', total, 'sealed', 1)
   end_job(job, now, keep)
   local mine = job .. ':'
   local kept, dropped = {}, {}
@@ -427,14 +429,15 @@ end
 -- outcomes went with the workbench, or their record could not be read.
 local function end_if_lost(job, now, keep, doubt)
   local name = job_key(job)
-  local f = redis.call('HMGET', name, 'total', 'fed', 'succeeded', 'failed', 'cancelled', 'ends', 'doubted', 'lane')
+  local f = redis.call('HMGET', name, 'total', 'fed', 'succeeded', 'failed', 'cancelled', 'ends', 'doubted', 'lane', 'unfed')
   if not f[1] then
     redis.call('SREM', key('sealed'), job)
     return
   end
   local total, fed = tonumber(f[1]), tonumber(f[2] or 0)
   local done = tonumber(f[3] or 0) + tonumber(f[4] or 0) + tonumber(f[5] or 0)
-  local passed = done >= fed and done < total
+  -- A task that was cancelled before it came says nothing of those that came.
+  local passed = done - tonumber(f[9] or 0) >= fed and done < total
   for place, offset in pairs(passed and cmsgpack.unpack(f[6]) or {}) do
     local topic, partition = place:match('^(.*)/(%d+)$')
     local cursor = redis.call('HGET', lane_key('cursor', f[8] or 'normal'), partition)
@@ -456,13 +459,21 @@ local function end_if_lost(job, now, keep, doubt)
   end
 end
 
--- Every task of a chunk has its outcome. The caller looks whether its job has ended with it.
-local function close_chunk(id, chunk, keep)
+-- Take a chunk from whoever has it, or from the line where it waits. False when it is in neither.
+local function leave_line(id, chunk)
   if chunk.owner then
     revoke(id, chunk)
+    return true
   elseif redis.call('LREM', lane_key('ready', chunk.lane), 1, id) == 1 then
     count_ready_bytes(chunk, -1)
+    return true
   end
+  return redis.call('ZREM', key('delayed'), id) == 1
+end
+
+-- Every task of a chunk has its outcome. The caller looks whether its job has ended with it.
+local function close_chunk(id, chunk, keep)
+  leave_line(id, chunk)
   forget(id, chunk)
   redis.call('SETBIT', job_key(chunk.job, 'finished'), chunk.number, 1)
   redis.call('EXPIRE', job_key(chunk.job, 'finished'), keep * 4)

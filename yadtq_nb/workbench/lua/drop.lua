@@ -13,7 +13,7 @@ for _, task in ipairs(tasks) do
     return {'moved', {}}
   end
 end
-local dropped, running = {}, false
+local dropped, running, unfed = {}, false, 0
 for _, task in ipairs(tasks) do
   local number, offset, index = task[1], task[2], task[3]
   local id = job .. ':' .. number
@@ -30,11 +30,19 @@ for _, task in ipairs(tasks) do
   end
   if ok and redis.call('SADD', skipped, index) == 1 then
     dropped[#dropped + 1] = index
+    unfed = unfed + (number < 0 and 1 or 0)
   end
 end
 if #dropped > 0 then
   redis.call('EXPIRE', skipped, keep * 4)
   redis.call('HINCRBY', name, 'cancelled', #dropped)
+  -- They are not among the tasks that were fed: see end_if_lost.
+  redis.call('HINCRBY', name, 'unfed', unfed)
+  -- Redis may have lost the job meanwhile: create or feed write down the rest when they come, if they come.
+  redis.call('HSET', name, 'id', job)
+  if redis.call('TTL', name) < 0 then
+    redis.call('EXPIRE', name, keep * 4)
+  end
   local ended = end_if_complete(job, server_time(), keep) and 1 or 0
   tell(job, 'f', '', 'n', #dropped, 'e', ended, 's', cmsgpack.pack(dropped))
   redis.call('XADD', key('bell'), 'MAXLEN', '~', 64, '*', 'k', 'cancel')

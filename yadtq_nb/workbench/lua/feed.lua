@@ -79,10 +79,18 @@ local function add(id, c, job, position, data)
     for offset = 0, c[4] - 1 do
       if redis.call('SISMEMBER', job_key(c[1], 'dropped'), c[3] + offset) == 1 then
         drop_task(chunk, offset)
+        redis.call('HINCRBY', job.name, 'unfed', -1)
       end
     end
     if chunk.left == 0 then
       close_chunk(id, chunk, keep)
+      -- Its record may come twice in this feed.
+      job.known = true
+      -- How many tasks it has may be known only now.
+      if end_if_complete(c[1], now, keep) then
+        job.ended = true
+        tell(c[1], 'f', '', 'n', 0, 'e', 1)
+      end
       return
     end
   end

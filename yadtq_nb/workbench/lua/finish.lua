@@ -11,9 +11,9 @@ if not chunk then
   return {'closed', 0}
 end
 if has_ended(chunk.job) then
-  -- One that nobody has is in a line, or taken out of it, and is seen to there.
-  if chunk.owner then
-    revoke(id, chunk)
+  -- Given back since the job was cancelled, it waits in a line: it goes with its place there. What a cancel has taken out
+  -- of a line is swept by and by.
+  if leave_line(id, chunk) then
     forget(id, chunk)
   end
   redis.call('HINCRBY', job_key(chunk.job), 'late', #states)
