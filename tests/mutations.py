@@ -65,8 +65,8 @@ MUTATIONS: Final = (
     (
         "beat: all leases of the node are renewed",
         "beat",
-        "local lost = {}",
-        "local lost = {}\n"
+        "local lost, dropped = {}, {}",
+        "local lost, dropped = {}, {}\n"
         + """
 for _, id in ipairs(redis.call('ZRANGE', key('leases'), 0, -1)) do
   local chunk = read_chunk(id)
@@ -76,8 +76,8 @@ end""",
     (
         "beat: a lease is renewed whoever has it",
         "beat",
-        "if chunk and holds(chunk, node, named[2]) then",
-        "if chunk then",
+        "local held = chunk and holds(chunk, node, named[2])",
+        "local held = chunk",
     ),
     ("beat: the low mark is the cursor", "beat", "0, 0)[1] or offset", "0, 0)[9] or offset"),
     ("beat: partitions of the lapsed stay theirs", "beat", "not (owner and live[owner])", "not owner"),
@@ -187,7 +187,6 @@ end""",
     ("drop: what has an outcome gets another", "common", "if done:byte(offset + 1) ~= 48 then", "if false then"),
     ("drop: its node is not told", "beat", "if held and chunk.dropped then", "if false then"),
     ("drop: a job that nobody knows stays for ever", "drop", "if redis.call('TTL', name) < 0 then", "if false then"),
-    ("drop: twice in a feed counts twice", "feed", "job.known = true", ""),
     ("drop: a job of dropped tasks never ends", "feed", "if end_if_complete(c[1], now, keep) then", "if false then"),
     ("drop: the feeder gets a chunk whole", "feed", "and not chunk.dropped then", "then"),
     (
