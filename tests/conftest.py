@@ -24,7 +24,7 @@ import pytest
 import stacks
 from stacks import MakeCluster
 
-from yadtq_nb import Queue
+from yadtq_nb import Queue, pending
 from yadtq_nb.local import LocalCluster, servers
 
 _numbers = itertools.count(1)
@@ -58,6 +58,15 @@ def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """A broker and a store, shared by the tests of this process."""
     with stacks.start(request.param, tmp_path_factory.mktemp(request.param)) as started:
         yield started
+
+
+@pytest.fixture(autouse=True)
+def _no_client_is_left() -> Iterator[None]:
+    """Close what a test has left open: clients whose broker has gone go on looking for it."""
+    before = set(pending._open)
+    yield
+    for client in [client for id, client in pending._open.items() if id not in before]:
+        client.leave()  # type: ignore[attr-defined]  # a Link
 
 
 @pytest.fixture
@@ -122,6 +131,7 @@ def shared_cluster(stack: stacks.Servers, request: pytest.FixtureRequest) -> Ite
 def queue(shared_cluster: LocalCluster) -> Iterator[Queue]:
     """The queue that a module's tests share; jobs have names and ids of their own."""
     with shared_cluster.queue() as queue:
+        queue._link()  # opened here, it is not a test's to close
         yield queue
 
 

@@ -697,13 +697,15 @@ def test_deadline_is_kept_by_whoever_reaps(bench: Bench) -> None:
 
 
 def test_cancel_of_a_long_line_reads_none_of_it_and_is_swept_bit_by_bit(bench: Bench) -> None:
-    bench.node("a").feed([bench.batch(*(bench.head(n) for n in range(300)))], 0)
-    bench.node("a").feed([bench.batch(*(bench.head(n, job="other") for n in range(3)))], 0)
+    wide = Workbench(msgspec.structs.replace(bench.config, watermark_chunks=None), bench.queue, "a")
+    wide.feed([bench.batch(*(bench.head(n) for n in range(300)))], 0)
+    wide.feed([bench.batch(*(bench.head(n, job="other") for n in range(3)))], 0)
     client, key = bench.store._redis.client, bench.store._redis.key
     (lease,), _ = bench.node("a").take(1)
     bench.node("a").release(lease)
     for n in range(300, 1500, 300):
-        bench.node("a").feed([bench.batch(*(bench.head(m) for m in range(n, n + 300)))], 0)
+        wide.feed([bench.batch(*(bench.head(m) for m in range(n, n + 300)))], 0)
+    wide.close()
     bench.store.cancel(Cancel("job"))
     assert client.llen(key("ready")) == 3
     assert client.hlen(key("open")) == 503, "a thousand are swept at once"

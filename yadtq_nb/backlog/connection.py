@@ -159,6 +159,10 @@ class Topics:
             for future in self._admin.delete_topics(names, request_timeout=TIMEOUT).values():
                 self._wait(future)
 
+    def close(self) -> None:
+        """End the client: it keeps threads of its own."""
+        del self._admin
+
     def _note_trouble(self, error: KafkaError) -> None:
         # That all brokers are down comes right after the reason.
         if error.code() != KafkaError._ALL_BROKERS_DOWN:

@@ -184,6 +184,7 @@ class Publisher:
         # By itself it would go on looking for its broker until it is collected.
         self._producer.purge()
         self._producer.close()
+        self._topics.close()
         return taken
 
     # One record.

@@ -214,6 +214,7 @@ def replay_tasks(config: Config, queue: str, lane: Lane) -> Iterator[bytes]:
                     yield record.value
     finally:
         reader.close()
+        topics.close()
 
 
 def _passes_by_itself(error: KafkaError) -> bool:

@@ -155,6 +155,7 @@ class Feeder:
         if self._thread.ident is not None:
             self._thread.join()
         self._reader.close()
+        self._topics.close()
 
     def _run(self) -> None:
         while not self._closing:
