@@ -237,10 +237,7 @@ class Link:
         """Start sending a job, and return it; one without items has ended by then."""
         board, job = self._new_job(packet, total)
         if total == 0:
-            seal = Seal(packet.job, 0)
-            self.mailer.send_entry(seal)
-            self.mailer.flush()
-            patiently(lambda: self.store.seal(seal), PATIENCE)
+            self.mailer.seal(Seal(packet.job, 0), PATIENCE)
             board.end()
             return job
         sender = Sender(
@@ -349,10 +346,7 @@ class Link:
         if refused:
             raise refused[0]
         places = {f"{publisher.topic.id}/{partition}": end for partition, end in ends.items()}
-        seal = Seal(job, known.total, places)
-        self.mailer.send_entry(seal)
-        self.mailer.flush()
-        patiently(lambda: self.store.seal(seal), PATIENCE)
+        self.mailer.seal(Seal(job, known.total, places), PATIENCE)
         return count
 
     def finish_sending(self, timeout: float, *, ending: bool) -> None:

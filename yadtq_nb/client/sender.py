@@ -245,6 +245,18 @@ class Mailer:
         """Write an entry to the jobs topic."""
         self._publisher("normal").send_job(*journal.encode(self._config.key, entry))
 
+    def seal(self, seal: Seal, patience: float) -> None:
+        """Say that a job was sent whole, waiting so many seconds for Redis.
+
+        Raises:
+            BacklogError, WorkbenchError: Kafka or Redis has not taken it.
+        """
+        self.send_entry(seal)
+        # Before the workbench knows: one that is emptied right then must find it in Kafka.
+        if not self.flush():
+            raise BacklogError("Kafka has not taken the end of the job in time; is the broker up?")
+        patiently(lambda: self._store.seal(seal), patience)
+
     def ring(self) -> None:
         """Wake feeders that do not wait at Kafka; once awake they stay so for a while."""
         now = time.monotonic()
@@ -457,11 +469,7 @@ class Sender:
             raise self._refused
         ends = {f"{self._mailer.topic_id(lane)}/{partition}": end for partition, end in self._ends.items()}
         seal = Seal(self._packet.job, self._sent, ends)
-        self._mailer.send_entry(seal)
-        # Before the workbench knows: one that is emptied right then must find it in Kafka.
-        if not self._mailer.flush():
-            raise BacklogError("Kafka has not taken the end of the job in time; is the broker up?")
-        patiently(lambda: self._store.seal(seal), _PATIENCE)
+        self._mailer.seal(seal, _PATIENCE)
         patiently(lambda: self._store.stop_sending(self._packet.job), _PATIENCE)
 
 
