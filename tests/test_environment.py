@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,22 @@ def test_work_sent_by_a_task_that_has_ended_is_not_lost(queue: Queue) -> None:
 
     name = queue.submit(outer, 2000).result(LIMIT)
     assert queue.job(name).results(LIMIT) == [y * y for y in range(2000)]
+
+
+def test_task_is_not_done_before_what_it_sends_is_sent(queue: Queue) -> None:
+    class Slow:
+        def __init__(self, value: int) -> None:
+            self.value = value
+
+        def __reduce__(self) -> Any:
+            time.sleep(1.0)  # the slot's node hears meanwhile which chunks are closed
+            return Slow, (self.value,)
+
+    def outer(x: int) -> str:
+        return queue.map(lambda slow: slow.value, [Slow(n) for n in range(x)], chunksize=1).name
+
+    name = queue.submit(outer, 4).result(LIMIT)
+    assert queue.job(name).results(LIMIT) == list(range(4))
 
 
 def test_queue_can_be_used_in_a_forked_process(run_script: RunScript) -> None:

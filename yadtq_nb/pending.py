@@ -19,6 +19,9 @@ class Sending(Protocol):
     def finish_sending(self, timeout: float, *, ending: bool) -> None:
         """Wait for what has an end; when the process is ending, give up the rest."""
 
+    def is_sending(self) -> bool:
+        """Tell whether there is something that finish_sending would wait for."""
+
 
 _open: dict[int, Sending] = {}
 
@@ -31,6 +34,11 @@ def add(sending: Sending) -> None:
 def remove(sending: Sending) -> None:
     """Wait for this one no more."""
     _open.pop(id(sending), None)
+
+
+def is_any() -> bool:
+    """Tell whether something is being sent that has an end."""
+    return any(sending.is_sending() for sending in list(_open.values()))
 
 
 def finish(timeout: float = _EXIT, *, ending: bool = False) -> None:

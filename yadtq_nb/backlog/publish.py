@@ -173,7 +173,11 @@ class Publisher:
             time.sleep(_LOOK_SOON)
         with self._empty:
             left = max(0.0, deadline - time.monotonic())
-            return self._empty.wait_for(lambda: not self._letters and not (self._forgets and self._unsafe), left)
+            return self._empty.wait_for(self.is_settled, left)
+
+    def is_settled(self) -> bool:
+        """Tell whether everything is safe; see settle."""
+        return not self._letters and not (self._forgets and self._unsafe)
 
     def close(self, timeout: float = TIMEOUT) -> bool:
         """Flush and stop. False when some records were not taken."""

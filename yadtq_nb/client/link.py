@@ -363,6 +363,13 @@ class Link:
         for publisher in list(self._publishers.values()):
             publisher.settle(min(_SAFE, max(0.1, deadline - time.monotonic())))
 
+    def is_sending(self) -> bool:
+        """Tell whether something that has an end is not sent yet, or not safe."""
+        if os.getpid() != self._pid:
+            return False
+        sending = any(sender.bounded and not sender.finished.is_set() for sender in self._senders)
+        return sending or not all(publisher.is_settled() for publisher in list(self._publishers.values()))
+
     def close(self) -> None:
         """Send what is being sent, and close."""
         pending.remove(self)

@@ -12,7 +12,7 @@ from operator import sub
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from yadtq_nb import codec, errors
+from yadtq_nb import codec, errors, pending
 from yadtq_nb.model import Environment, ErrorInfo, Policy, Retry, Segment
 from yadtq_nb.slots import hints
 from yadtq_nb.slots.wire import Order, Report
@@ -111,6 +111,10 @@ class Outcomes:
         """
         start, stop = self._reported, self._ended()
         if start == stop and not last:
+            return
+        # Looked at after the outcomes: with the last of these the chunk is closed, and whoever runs it may be stopped,
+        # but a task that has sent a job is done only when that is safe.
+        if not last and pending.is_any():
             return
         offsets = self.offsets[start:stop]
         kept = self.values[start:stop]
