@@ -986,6 +986,8 @@ def test_deleted_job_leaves_a_mark_only_and_what_comes_of_it_later_is_dropped(be
     (lease,) = bench.feed(held, waits, free=1)
     bench.store.put_arguments("job", 3, b"large")
     assert bench.store.sameness("job") == b"key"
+    known = bench.store.record("job")
+    assert known is not None
     assert bench.store.delete("job")
     assert not bench.store.delete("job")
     assert bench.finish("a", lease) == "closed"
@@ -997,7 +999,7 @@ def test_deleted_job_leaves_a_mark_only_and_what_comes_of_it_later_is_dropped(be
     assert bench.store.drop("job", [4]) == []
     assert bench.store.create(Manifest("job", "named", "fn", 1.0, 5)) == "job"
     assert not bench.store.keep("job", 10)
-    assert not bench.store.reopen("job")
+    assert not bench.store.reopen(known, total=5)
     assert keys_of(bench, "job") <= {"job:job", "jobs"}
     assert bench.store.records() == []
     assert bench.store.find("named") is None

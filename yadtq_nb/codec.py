@@ -455,6 +455,8 @@ def _wrong_field(head: ChunkHead) -> str | None:
         return "number of tasks"
     if not -1 <= head.total <= _UINT32:
         return "total"
+    if head.done and (len(head.done) != head.count or head.done.strip(b"01")):
+        return "list of tasks"
     for need in head.needs:
         if _NAME.fullmatch(need.job) is None or need.first < 0 or not -1 <= need.count <= _UINT32 - need.first:
             return "list of needs"

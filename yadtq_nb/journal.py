@@ -1,4 +1,4 @@
-"""Entries of the jobs topic: manifests, seals, cancellations, blobs. From them an emptied workbench is filled again."""
+"""Entries of the jobs topic, manifests, seals and the like: from them an emptied workbench is filled again."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import msgspec
 
 from yadtq_nb import codec
 from yadtq_nb.errors import FormatError
-from yadtq_nb.model import Cancel, Manifest, Seal
+from yadtq_nb.model import Cancel, Manifest, Reopen, Seal
 
-__all__ = ["Blob", "Cancel", "Entry", "Manifest", "Seal", "decode", "encode"]
+__all__ = ["Blob", "Cancel", "Entry", "Manifest", "Reopen", "Seal", "decode", "encode"]
 
 _KIND: Final = b"j"
 
@@ -22,10 +22,11 @@ class Blob(msgspec.Struct, frozen=True):
     data: bytes
 
 
-Entry: TypeAlias = "Manifest | Seal | Cancel | Blob"
+Entry: TypeAlias = "Manifest | Reopen | Seal | Cancel | Blob"
 
-_TYPES: Final[dict[str, type[Manifest] | type[Seal] | type[Cancel] | type[Blob]]] = {
+_TYPES: Final[dict[str, type[Manifest] | type[Reopen] | type[Seal] | type[Cancel] | type[Blob]]] = {
     "manifest": Manifest,
+    "reopen": Reopen,
     "seal": Seal,
     "cancel": Cancel,
     "blob": Blob,
@@ -36,6 +37,8 @@ def encode(secret: bytes, entry: Entry) -> tuple[str, bytes]:
     """Return an entry's key and sealed value. The last value of a key is the one that counts."""
     kind = next(kind for kind, cls in _TYPES.items() if isinstance(entry, cls))
     name = entry.name if isinstance(entry, Blob) else entry.id
+    if isinstance(entry, Reopen):
+        name += f"/{entry.life}"  # each tells something of its own
     return f"{kind}/{name}", codec.seal(secret, _KIND, msgspec.msgpack.encode(entry))
 
 

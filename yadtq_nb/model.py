@@ -158,6 +158,8 @@ class ChunkHead(msgspec.Struct, frozen=True, array_like=True):
     depth: int = 0
     #: What its function and its items need of other jobs: it waits until all of that has its outcome.
     needs: tuple[Need, ...] = ()
+    #: One '0' or '1' a task where some are not to be run, since they are only sent again beside others; else empty.
+    done: bytes = b""
 
     @property
     def id(self) -> str:
@@ -206,6 +208,26 @@ class Seal(msgspec.Struct, frozen=True):
     total: int
     #: "topic id/partition" to the offset after the job's last record there.
     ends: dict[str, int] = {}
+    #: The job's life that ends with it; see Reopen.
+    life: int = 0
+
+
+#: Chunks of a job's next life are numbered from here on, of the one after from twice as much: a retry, an extension.
+LIFE: Final = 1 << 22
+
+
+class Reopen(msgspec.Struct, frozen=True):
+    """A job that was sent whole is sent in part again, or gets more tasks: it begins another life."""
+
+    id: str
+    #: Its number, from 1; those of its chunks begin at LIFE times that.
+    life: int
+    #: Chunks of lives before this one are passed by: the job had ended.
+    floor: int
+    #: How many tasks it has now.
+    total: int
+    #: Packed uint32 indices of the tasks that are sent again while chunks of earlier lives may still run.
+    replaced: bytes = b""
 
 
 class Cancel(msgspec.Struct, frozen=True):

@@ -66,6 +66,17 @@ class Outcomes:
             self._mask = bytes(ord("1") if count else ord("0") for count in fresh)
         return any(fresh)
 
+    def keep_successes(self) -> bool:
+        """Have what has failed count no more; returns whether there was such an outcome."""
+        counted, states = set(self.indices()), self.segment.states
+        good = [
+            index in counted and code == _SUCCEEDED for index, code in zip(self.segment.indices(), states, strict=True)
+        ]
+        if sum(good) == len(counted):
+            return False
+        self._mask = bytes(ord("1") if count else ord("0") for count in good)
+        return True
+
     def is_consecutive_success(self) -> bool:
         """Tell whether all tasks from first on succeeded and count: then values() is a slice of the results."""
         segment = self.segment
@@ -142,7 +153,8 @@ class Dropped(Outcomes):
     def rows(self) -> Iterator[tuple[int, int, Any]]:
         """See Outcomes.rows."""
         for position, index in enumerate(self.segment.indices()):
-            yield index, position, Failure(None, cancelled=True)
+            if not self._mask or self._mask[position] == ord("1"):
+                yield index, position, Failure(None, cancelled=True)
 
 
 class Table:
@@ -241,6 +253,25 @@ class Board:
             self._segments = {}
             self.told.clear()
             self.done = self._held()
+
+    def reopen(self) -> None:
+        """Go on: the job was opened again. What has failed is expected anew; what counts still is fetched again."""
+        with self._changed:
+            self.ended, self.failure, self._cut_at = False, None, None
+            self._dropped.clear()
+            failed = {id(outcomes): outcomes for outcomes in self._order if outcomes.keep_successes()}
+            if failed:
+                self._renewed = True
+                self._segments = {field: held for field, held in self._segments.items() if id(held) not in failed}
+                self._first_failed = None
+                self._starts, self._by_start, self._scattered = [], [], {}
+                for outcomes in self._order:
+                    self._index(outcomes)
+            self.done = self._held()  # the rest is counted by whoever has called this
+            for index, future in list(self._futures.items()):
+                if future.done() and (future.cancelled() or future.exception() is not None):
+                    del self._futures[index]
+            self._changed.notify_all()
 
     def holds(self, total: int) -> bool:
         """Tell whether so many outcomes are here."""

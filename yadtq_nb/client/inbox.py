@@ -156,6 +156,8 @@ class Inbox:
             board = self._boards.get(entry.job)
             if board is None:
                 continue
+            if entry.reopened:
+                self.reopen(board)
             if entry.dropped:
                 board.drop(entry.dropped)
             if entry.field and entry.frame is not None and board.wanted:
@@ -196,6 +198,17 @@ class Inbox:
     def _end(self, board: Board, failure: JobError | None = None) -> None:
         self.forget(board)
         board.end(failure)
+
+    def reopen(self, board: Board) -> None:
+        """Fill a board again whose job was opened again.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached.
+        """
+        board.reopen()
+        with self._lock:
+            self._boards[board.job] = board
+        patiently(lambda: self._compare(board), PATIENCE)
 
     def forget(self, board: Board) -> None:
         """Watch a board no more."""

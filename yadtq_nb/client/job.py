@@ -12,12 +12,15 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, overload
 
 from yadtq_nb import codec, needs
-from yadtq_nb.client import options
+from yadtq_nb.backlog.publish import Publisher
+from yadtq_nb.client import options, repair
 from yadtq_nb.client.board import Board, Failure, Table, cancelled
 from yadtq_nb.client.future import TaskFuture, waiting
 from yadtq_nb.client.inbox import PATIENCE, Inbox, job_state
 from yadtq_nb.client.options import Seconds
+from yadtq_nb.client.sender import Mailer, Packet
 from yadtq_nb.client.shown import FirstErrors, progress
+from yadtq_nb.config import Config
 from yadtq_nb.errors import (
     JobCancelledError,
     JobError,
@@ -27,7 +30,18 @@ from yadtq_nb.errors import (
     QueueClosedError,
     YadtqError,
 )
-from yadtq_nb.model import WHOLE, BrokenItem, CallStyle, ErrorGroup, JobState, Progress, State, WorkerView
+from yadtq_nb.model import (
+    WHOLE,
+    BrokenItem,
+    CallStyle,
+    Environment,
+    ErrorGroup,
+    JobState,
+    Lane,
+    Progress,
+    State,
+    WorkerView,
+)
 from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobRecord, JobStore, deleted
 
@@ -59,9 +73,17 @@ class Link(Protocol):
     inbox: Inbox
     key: bytes
 
+    config: Config
+    mailer: Mailer
+
+    def publisher(self, lane: Lane = "normal") -> Publisher: ...
+    def environment(self, fn: Callable[..., Any]) -> Environment: ...
+    def fixed(
+        self, seen: JobRecord, fn: Callable[..., Any], kwargs: dict[str, Any] | None, where: Environment
+    ) -> Packet: ...
     def cancel(self, job: str) -> int: ...
     def delete(self, job: str) -> bool: ...
-    def bring_back(self, job: str) -> int: ...
+    def extend(self, job: str, name: str, board: Board, items: list[Any]) -> int: ...
 
 
 class Job(Sequence[Future[Any]]):
@@ -308,21 +330,58 @@ class Job(Sequence[Future[Any]]):
         states = self._board.table(record.total).states
         return [index for index, state in enumerate(states) if state == ord("Q")]
 
-    def retry(self) -> int:
-        """Run again what was lost with a server's data, and nothing else; returns how many tasks.
+    def retry(self, fn: Callable[..., Any] | None = None, *, kwargs: dict[str, Any] | None = None) -> int:
+        """Run again what has failed, and nothing else; returns how many tasks.
 
-        Their records are taken from Kafka's log. What is no longer there stays lost, and the job says so again.
+        Of a job that has ended, what was cancelled or lost with a server's data runs again, too. Indices, items, name
+        and options stay. Futures that have failed stay as they are; job[i] gives new ones.
+
+        The records are taken from Redis, and from Kafka's log where they lie there only. What is no longer there stays
+        lost, and the job says so again.
+
+        Args:
+            fn: to be called for these instead, mended perhaps.
+            kwargs: keyword arguments that are the same for every call; with fn only, and by default those of before.
 
         Raises:
+            JobNotFoundError: nothing of the job is kept any more.
+            JobError: it was not sent whole: it is being sent still, or its client has died (then cancel() it first).
+            TypeError: fn cannot be called, or not be sent.
             BacklogError, WorkbenchError: Kafka or Redis cannot be reached.
         """
-        count = self._link.bring_back(self.id)
+        if kwargs is not None and fn is None:
+            raise TypeError("kwargs go with a function: job.retry(fn, kwargs=...)")
+        fixed = None
+        if fn is not None:
+            if not callable(fn):
+                raise TypeError(f"what is called instead must be callable, not {type(fn).__name__}")
+            seen = repair.known(self._link, self.id, self.name)
+            fixed = self._link.fixed(seen, fn, kwargs, self._link.environment(fn))
+        count = repair.retry(self._link, self.id, self.name, fixed)
         if count:
-            wanted = self._board.wanted
-            self._board = self._link.inbox.watch(Board(self.id, self._link.key), known=True)
-            if wanted:
-                self.want()
+            self._first_errors = FirstErrors(self._link.store, self._link.key, self.id)
+            self._link.inbox.reopen(self._board)
         return count
+
+    def extend(self, iterable: Iterable[Any]) -> None:
+        """Add tasks for more items, with the same function and options, at the end of this job. Returns at once.
+
+        Whether it runs or has ended: progress, results() and to_frame() are those of all tasks then.
+
+        Args:
+            iterable: items as those that it was made from: rows for starmap, or for map with several iterables.
+
+        Raises:
+            JobNotFoundError: nothing of the job is kept any more.
+            JobError: it was cancelled, was not sent whole, or draws an iterator still.
+            BacklogError, WorkbenchError: Kafka or Redis cannot be reached.
+        """
+        items = list(iterable)
+        if self._style not in ("item", "star"):
+            raise JobError(f"job {self.name!r} is not one of map or starmap: it cannot be extended", job=self.name)
+        if items:
+            self._total = self._link.extend(self.id, self.name, self._board, items)
+            self._link.inbox.reopen(self._board)
 
     def cancel_tasks(self, indices: Iterable[int]) -> list[int]:
         """Cancel single tasks, as cancel() does with all; returns the indices of those that had no outcome yet.
@@ -617,7 +676,9 @@ class Job(Sequence[Future[Any]]):
     def retryable(self) -> int:
         """How many tasks retry() would run again now."""
         record = self._record()
-        return 0 if record is None else record.lost
+        if record is None or (record.ended is None and not record.sealed):
+            return 0
+        return record.failed if record.ended is None else record.failed + record.cancelled + record.lost
 
 
 class Completed:

@@ -8,6 +8,7 @@ import inspect
 import itertools
 import os
 import socket
+import sys
 import threading
 import time
 import types
@@ -19,8 +20,7 @@ import msgspec
 
 from yadtq_nb import codec, lending, needs, pending
 from yadtq_nb.backlog.publish import Publisher
-from yadtq_nb.backlog.reader import replay_tasks
-from yadtq_nb.client import sameness
+from yadtq_nb.client import repair, sameness
 from yadtq_nb.client.board import Board
 from yadtq_nb.client.inbox import PATIENCE, Inbox
 from yadtq_nb.client.job import Job, attach
@@ -30,21 +30,23 @@ from yadtq_nb.client.sender import FLUSH, Mailer, Packet, Sender
 from yadtq_nb.config import Config
 from yadtq_nb.errors import (
     BacklogError,
-    CodecError,
     JobError,
     JobExistsError,
     JobNotFoundError,
     TooLargeError,
+    WorkbenchError,
     YadtqError,
 )
-from yadtq_nb.model import CallStyle, Cancel, Environment, Lane, Seal, new_id
+from yadtq_nb.model import CallStyle, Cancel, Environment, Lane, Need, Reopen, Seal, new_id
 from yadtq_nb.workbench.connection import patiently
-from yadtq_nb.workbench.jobs import JobStore
+from yadtq_nb.workbench.jobs import JobRecord, JobStore
 
 #: Seconds that exit waits for what is sent to be safe; with no worker to feed it, it may never be.
 _SAFE: Final = 10.0
 #: Pairs of words that are tried for a name before the job's id is.
 _WORDS_TRIED: Final = 5
+#: Seconds for which the number of slots is taken to be known.
+_SLOTS_KNOWN: Final = 2.0
 
 
 class Link:
@@ -59,7 +61,7 @@ class Link:
         """
         self.queue = queue
         self.key = config.key
-        self._config = config
+        self.config = config
         self.store = JobStore(config, queue)
         patiently(self.store.check_secret, PATIENCE)
         self.inbox = Inbox(config, queue)
@@ -68,6 +70,8 @@ class Link:
         self.mailer = Mailer(config, self.store, self.publisher, is_ours=self.is_ours)
         self._senders: list[Sender] = []
         self._pid = os.getpid()
+        #: When the slots were last counted, and how many there were.
+        self._slots_seen = (float("-inf"), 0)
         pending.add(self)
 
     def publisher(self, lane: Lane = "normal") -> Publisher:
@@ -75,11 +79,40 @@ class Link:
         with self._lock:
             if lane not in self._publishers:
                 self._publishers[lane] = Publisher(
-                    self._config, self.queue, lane, fed=functools.partial(self.store.cursors, lane)
+                    self.config, self.queue, lane, fed=functools.partial(self.store.cursors, lane)
                 )
                 if lane != "normal":
                     patiently(lambda: self.store.ring("lane"), PATIENCE)
             return self._publishers[lane]
+
+    def slots(self) -> int:
+        """Return how many slots serve this queue, at least 1."""
+        seen, slots = self._slots_seen
+        if time.monotonic() - seen > _SLOTS_KNOWN:
+            try:
+                views = self.store.workers()
+            except WorkbenchError:  # it is a guess for the size of chunks: no reason not to send
+                return max(1, slots)
+            slots = sum(view.info.slots for view in views if view.status == "live")
+            self._slots_seen = (time.monotonic(), slots)
+        return max(1, slots)
+
+    def environment(self, fn: Callable[..., Any], items: list[Any] | Iterator[Any] | None = None) -> Environment:
+        """Return what a function needs beside itself; modules that workers may lack are put where they find them."""
+        from yadtq_nb import source
+
+        cwd = os.getcwd()
+        tree = source.collect(fn, items)
+        if tree is not None:
+            self.mailer.keep_blob(codec.TREE, tree.hash, tree.archive)
+        return Environment(
+            cwd=cwd,
+            path=tuple(entry or cwd for entry in sys.path),
+            host=socket.gethostname(),
+            tree=tree.hash if tree else "",
+            tree_root=str(tree.root) if tree else "",
+            python=f"{sys.version_info.major}.{sys.version_info.minor}",
+        )
 
     def packet(
         self,
@@ -100,17 +133,7 @@ class Link:
             ValueError: it holds too many futures.
             JobError: it holds a future or job of another queue.
         """
-        try:
-            types = (options.retry_types,) if options.retries else ()
-            with needs.collecting(self.is_ours) as met:
-                function = b"".join(codec.dumps((fn, kwargs, *types)))
-        except JobError:
-            raise
-        except Exception as exc:  # whatever the user's closure does when it is pickled
-            raise TypeError(f"{function_name(fn)} cannot be sent to workers: {type(exc).__name__}: {exc}") from exc
-        needed = met.needs()
-        if len(needed) > needs.MOST:
-            raise ValueError(f"{function_name(fn)} cannot be sent to workers: {needs.too_many(len(needed))}")
+        function, needed = self._pickle_call(fn, kwargs, *((options.retry_types,) if options.retries else ()))
         job, name = new_id(), options.name
         packet = Packet(
             job=job,
@@ -143,7 +166,22 @@ class Link:
         if not isinstance(other, Link) or (other.queue, other.key) != (self.queue, self.key):
             return False
         # One server may have several addresses.
-        return other._config.redis == self._config.redis or other.store.run_id() == self.store.run_id()
+        return other.config.redis == self.config.redis or other.store.run_id() == self.store.run_id()
+
+    def _pickle_call(
+        self, fn: Callable[..., Any], kwargs: dict[str, Any], *types: tuple[type[BaseException], ...]
+    ) -> tuple[bytes, tuple[Need, ...]]:
+        try:
+            with needs.collecting(self.is_ours) as met:
+                function = b"".join(codec.dumps((fn, kwargs, *types)))
+        except JobError:
+            raise
+        except Exception as exc:  # whatever the user's closure does when it is pickled
+            raise TypeError(f"{function_name(fn)} cannot be sent to workers: {type(exc).__name__}: {exc}") from exc
+        needed = met.needs()
+        if len(needed) > needs.MOST:
+            raise ValueError(f"{function_name(fn)} cannot be sent to workers: {needs.too_many(len(needed))}")
+        return function, needed
 
     def check(self, *arguments: object) -> None:
         """Find a future or job of another queue among arguments before anything of them is sent.
@@ -232,7 +270,6 @@ class Link:
         items: list[Any] | Iterator[Any],
         total: int | None,
         chunksize: int | None,
-        slots: Callable[[], int],
     ) -> Job:
         """Start sending a job, and return it; one without items has ended by then."""
         board, job = self._new_job(packet, total)
@@ -249,11 +286,9 @@ class Link:
             inbox=self.inbox,
             store=self.store,
             board=board,
-            slots=slots,
+            slots=self.slots,
         )
-        self._senders = [other for other in self._senders if not other.finished.is_set()]
-        self._senders.append(sender)
-        sender.start()
+        self._start_sending(sender)
         return job
 
     def post_one(self, packet: Packet, item: Any) -> Job:
@@ -315,39 +350,84 @@ class Link:
                 sender.stop()
         return existed
 
-    def bring_back(self, job: str) -> int:
-        """Send the lost tasks of a job again, from Kafka's log; see Job.retry."""
-        known = self.store.record(job)
-        if known is None or not self.store.reopen(job):
-            return 0
-        publisher = self.publisher(known.lane)
-        kept = {field.partition(".")[0] for field in self.store.fields(job)}
-        ends: dict[int, int] = {}
-        refused: list[BacklogError] = []
+    def fixed(
+        self, seen: JobRecord, fn: Callable[..., Any], kwargs: dict[str, Any] | None, where: Environment
+    ) -> Packet:
+        """Return what chunks of a job have in common when another function is called.
 
-        def acknowledged(error: BacklogError | None, partition: int, offset: int) -> None:
-            if error is not None:
-                refused.append(error)
-            else:
-                ends[partition] = max(ends.get(partition, 0), offset + 1)
+        Args:
+            kwargs: its fixed keyword arguments; None for those of the job.
 
-        count = 0
-        for record in replay_tasks(self._config, self.queue, known.lane):
-            try:
-                head, *_ = codec.decode_chunk(self.key, record)
-            except CodecError:
-                continue
-            if head.job == job and str(head.number) not in kept:
-                kept.add(str(head.number))
-                count += head.count
-                publisher.send_chunk(record, acknowledged)
-                self.mailer.ring()
-        publisher.flush(FLUSH)
-        if refused:
-            raise refused[0]
-        places = {f"{publisher.topic.id}/{partition}": end for partition, end in ends.items()}
-        self.mailer.seal(Seal(job, known.total, places), PATIENCE)
-        return count
+        Raises:
+            TypeError: the function cannot be pickled.
+            JobError: the arguments of the job cannot be read here; nothing of it is kept.
+        """
+        old = repair.recorded(self, seen)
+        try:
+            with needs.supplying(lambda job, index: needs.Later(self, job, index, job)):
+                _, kept, *types = codec.loads_home(old.function)
+        except Exception as exc:  # whatever the user's objects do when they are unpickled here
+            if kwargs is None:
+                raise JobError(
+                    f"the fixed arguments of job {seen.name!r} cannot be read here, pass kwargs=: {exc}", job=seen.name
+                ) from exc
+            kept, types = {}, []
+        function, needed = self._pickle_call(fn, kept if kwargs is None else kwargs, *types)
+        return msgspec.structs.replace(
+            old,
+            function=function,
+            function_id=codec.content_hash(function),
+            function_name=function_name(fn),
+            concurrent=_is_coroutine_function(fn),
+            environment=where,
+            needs=needed,
+        )
+
+    def extend(self, job: str, name: str, board: Board, items: list[Any]) -> int:
+        """Start sending more items of a job, and return how many tasks it has then.
+
+        Raises:
+            JobNotFoundError, JobError: it was cancelled, or not sent whole, or is not kept.
+            BacklogError, WorkbenchError: a server cannot be reached.
+        """
+        for sender in self._senders:
+            if sender.job == job and sender.bounded:
+                sender.finished.wait(FLUSH)
+        seen = repair.known(self, job, name)
+        packet = repair.recorded(self, seen)
+        life = self._reopen_for(len(items), seen)
+        while not life:  # it has ended meanwhile, or someone else was first
+            seen = repair.known(self, job, name)
+            life = self._reopen_for(len(items), seen)
+        total = seen.total + len(items)
+        self.mailer.send_entry(Reopen(job, life, 0, total))
+        self._start_sending(
+            Sender(
+                packet,
+                items,
+                total=total,
+                chunksize=None,
+                mailer=self.mailer,
+                inbox=self.inbox,
+                store=self.store,
+                board=board,
+                slots=self.slots,
+                first=seen.total,
+                life=life,
+                ends=patiently(lambda: self.store.ends(job), PATIENCE),
+            )
+        )
+        return total
+
+    def _reopen_for(self, more: int, seen: JobRecord) -> int:
+        if seen.cancel:
+            raise JobError(f"job {seen.name!r} was ended before its time: map the items anew", job=seen.name)
+        return patiently(lambda: self.store.reopen(seen, total=seen.total + more), PATIENCE)
+
+    def _start_sending(self, sender: Sender) -> None:
+        self._senders = [other for other in self._senders if not other.finished.is_set()]
+        self._senders.append(sender)
+        sender.start()
 
     def finish_sending(self, timeout: float, *, ending: bool) -> None:
         """Wait for what has an end to be sent, and for Kafka to have it all; when ending, give up the rest."""

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import datetime
 import os
-import socket
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import TYPE_CHECKING, Any, Final, Unpack
 
-from yadtq_nb import codec
 from yadtq_nb import config as configuration
 from yadtq_nb.client import options
 from yadtq_nb.client.future import TaskFuture
@@ -19,8 +15,8 @@ from yadtq_nb.client.inbox import PATIENCE
 from yadtq_nb.client.job import Job
 from yadtq_nb.client.options import ChunkSize, ErrorTypes, Given, IfExists, JobOptions, Seconds
 from yadtq_nb.config import Config
-from yadtq_nb.errors import ConfigError, JobNotFoundError, WorkbenchError, YadtqError
-from yadtq_nb.model import CallStyle, Environment, Priority
+from yadtq_nb.errors import ConfigError, JobNotFoundError, YadtqError
+from yadtq_nb.model import CallStyle, Priority
 from yadtq_nb.needs import Later
 from yadtq_nb.workbench.connection import patiently
 
@@ -30,9 +26,6 @@ if TYPE_CHECKING:
     from yadtq_nb.client.link import Link
     from yadtq_nb.client.sender import Packet
     from yadtq_nb.notebook.live import QueueCard
-
-#: Seconds for which the number of slots is taken as known.
-_SLOTS_KNOWN: Final = 2.0
 
 
 class Queue:
@@ -82,7 +75,6 @@ class Queue:
         )
         self._lock = threading.Lock()
         self._opened: tuple[int, Config, Link] | None = None
-        self._slots_seen = (0.0, 1)
         self._live: QueueCard | None = None
         if self._given is None:
             self._settings()
@@ -262,7 +254,7 @@ class Queue:
         _check_call(fn)
         link = self._link()
         key = _key(fn, [(args, kwargs)], {}, "call", chosen)
-        packet = link.packet(fn, {}, "call", _environment(fn, link), chosen, key)
+        packet = link.packet(fn, {}, "call", link.environment(fn), chosen, key)
         if not packet.named and not packet.deadline:
             return link.post_one(packet, (args, kwargs))[0]
         link.check(args, kwargs)
@@ -288,7 +280,7 @@ class Queue:
         if isinstance(items, list) and not _BY_VALUE.isdisjoint(map(type, items)):
             link.check(*(item for item in items if type(item) in _BY_VALUE))
         key = _key(fn, items, kwargs or {}, style, chosen)
-        packet = link.packet(fn, kwargs or {}, style, _environment(fn, link, items), chosen, key)
+        packet = link.packet(fn, kwargs or {}, style, link.environment(fn, items), chosen, key)
         return self._post(link, packet, items, total, chosen.chunksize, chosen.if_exists)
 
     def _values_of(self, iterable: Iterable[Any]) -> Iterable[Any]:
@@ -311,7 +303,7 @@ class Queue:
             claimed = link.claim(packet, total, if_exists)
             if isinstance(claimed, Job):
                 return claimed
-            return link.post(claimed, items, total, chunksize, self._slots)
+            return link.post(claimed, items, total, chunksize)
         except BaseException:  # Ctrl-C, or a server that has gone: the same cell can be run again
             link.withdraw(packet)
             raise
@@ -440,18 +432,6 @@ class Queue:
             self._opened = (os.getpid(), config, link)
         return link
 
-    def _slots(self) -> int:
-        """Return how many slots serve this queue, at least 1."""
-        seen, slots = self._slots_seen
-        if time.monotonic() - seen > _SLOTS_KNOWN:
-            try:
-                views = self._link().store.workers()
-            except WorkbenchError:  # it is a guess for the size of chunks: no reason not to send
-                return max(1, slots)
-            slots = sum(view.info.slots for view in views if view.status == "live")
-            self._slots_seen = (time.monotonic(), slots)
-        return max(1, slots)
-
 
 class Options:
     """A queue with options for what is sent through it."""
@@ -519,23 +499,6 @@ def _zipped(iterables: tuple[Iterable[Any], ...]) -> Iterable[Any]:
     """Zip as map does; the result has a length when all have one."""
     zipped = zip(*iterables, strict=False)
     return list(zipped) if all(isinstance(iterable, Sized) for iterable in iterables) else zipped
-
-
-def _environment(fn: Callable[..., Any], link: Link, items: list[Any] | Iterator[Any] | None = None) -> Environment:
-    from yadtq_nb import source
-
-    cwd = os.getcwd()
-    tree = source.collect(fn, items)
-    if tree is not None:
-        link.mailer.keep_blob(codec.TREE, tree.hash, tree.archive)
-    return Environment(
-        cwd=cwd,
-        path=tuple(entry or cwd for entry in sys.path),
-        host=socket.gethostname(),
-        tree=tree.hash if tree else "",
-        tree_root=str(tree.root) if tree else "",
-        python=f"{sys.version_info.major}.{sys.version_info.minor}",
-    )
 
 
 def _rebuild(name: str, config: Config) -> Queue:

@@ -10,7 +10,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -33,7 +33,20 @@ from yadtq_nb.errors import (
     WorkbenchError,
     YadtqError,
 )
-from yadtq_nb.model import BrokenItem, CallStyle, Cancel, ChunkHead, Environment, Lane, Manifest, Need, Policy, Seal
+from yadtq_nb.model import (
+    LIFE,
+    BrokenItem,
+    CallStyle,
+    Cancel,
+    ChunkHead,
+    Environment,
+    Lane,
+    Manifest,
+    Need,
+    Policy,
+    Reopen,
+    Seal,
+)
 from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobStore
 
@@ -241,7 +254,7 @@ class Mailer:
         with needs.collecting(self._is_ours) as met:
             return codec.dumps(items), met.needs()
 
-    def send_entry(self, entry: Manifest | Seal | Cancel) -> None:
+    def send_entry(self, entry: Manifest | Reopen | Seal | Cancel) -> None:
         """Write an entry to the jobs topic."""
         self._publisher("normal").send_job(*journal.encode(self._config.key, entry))
 
@@ -292,18 +305,33 @@ class Sender:
         store: JobStore,
         board: Board,
         slots: Callable[[], int],
+        first: int = 0,
+        life: int = 0,
+        ends: Mapping[str, int] | None = None,
     ) -> None:
+        """Take the parts that are passed in.
+
+        Args:
+            total: how many tasks the job has when all are sent, or None.
+            first: index of the first of these items.
+            life: that of the job which they are sent in.
+            ends: where the last chunks of earlier lives lie.
+        """
         self._packet = packet
         self._items = iter(items)
         self._known_total = total
+        self._first = first
+        self._earlier = dict(ends or {})
         self._chunksize = chunksize
         self._mailer = mailer
         self._inbox = inbox
         self._store = store
         self._board = board
         self._slots = slots
-        self._number = 0
-        self._sent = 0
+        self._life = life
+        self._number = life * LIFE
+        #: Index of the next item.
+        self._sent = first
         self._bytes = 0
         self._ends: dict[int, int] = {}
         self._refused: BacklogError | None = None
@@ -381,10 +409,10 @@ class Sender:
             self._send_rest(self._chunksize, 4 * self._chunksize * max(1, measured.slots))
             return
         slots = self._slots()
-        probes = planner.probes(self._known_total or slots, slots)
+        probes = planner.probes(slots if self._known_total is None else self._known_total - self._first, slots)
         for item in itertools.islice(self._items, probes):
             self._send([item])
-        if self._sent == self._known_total or self._sent < probes:
+        if self._sent == self._known_total or self._sent - self._first < probes:
             return
         measured = self._measure(slots)
         left = None if self._known_total is None else self._known_total - self._sent
@@ -435,7 +463,9 @@ class Sender:
                 self._inbox.fetch(board)
             taken = [s for outcomes in board.segments() for s in memoryview(outcomes.segment.seconds).cast("d")]
             seconds = sum(taken) / len(taken) if taken else None
-        return planner.Measured(seconds, self._bytes / max(1, sent), slots, self._packet.concurrent, queued)
+        return planner.Measured(
+            seconds, self._bytes / max(1, sent - self._first), slots, self._packet.concurrent, queued
+        )
 
     def _has_begun(self) -> bool:
         """Tell whether a task of this job has been given to a slot."""
@@ -468,7 +498,7 @@ class Sender:
         if self._refused is not None:
             raise self._refused
         ends = {f"{self._mailer.topic_id(lane)}/{partition}": end for partition, end in self._ends.items()}
-        seal = Seal(self._packet.job, self._sent, ends)
+        seal = Seal(self._packet.job, self._sent, self._earlier | ends, self._life)
         self._mailer.seal(seal, _PATIENCE)
         patiently(lambda: self._store.stop_sending(self._packet.job), _PATIENCE)
 

@@ -62,10 +62,10 @@ class Slot:
         self._home = ""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._reporter = Reporter(self._send)
-        lending.serve(self._reporter.lend)
 
     def serve(self) -> NoReturn:
         """Run chunk after chunk; the process ends when the pool closes the socket."""
+        lending.serve(self._reporter.lend)
         first = wire.receive(self._sock)
         if first is None:
             os._exit(0)

@@ -146,7 +146,7 @@ class Workbench:
         )
         _check_live(status)
         by_id = {head.id: (head, record) for b in batches for _, head, record in b.chunks}
-        leases = [Lease(by_id[id][0], int(token), by_id[id][1]) for id, token in _texts(granted)]
+        leases = [Lease(by_id[i][0], int(t), by_id[i][1], _done(by_id[i][0].done)) for i, t in _texts(granted)]
         return [Fed(status.decode(), Cursor.parse(cursor)) for status, cursor in replies], leases
 
     def take(self, count: int, *, plain: int | None = None) -> tuple[list[Lease], float | None]:
@@ -403,6 +403,7 @@ def _feed_entry(offset: int, head: ChunkHead) -> list[Any]:
         head.style,
         head.policy.start_after,
         head.needs,
+        head.done.decode(),
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import struct
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, Literal
 
@@ -12,7 +13,7 @@ import msgspec
 from yadtq_nb import codec
 from yadtq_nb.config import Config
 from yadtq_nb.errors import JobNotFoundError, SignatureError, TooLargeError
-from yadtq_nb.model import CallStyle, Cancel, Lane, Manifest, Seal, WorkerInfo, WorkerView
+from yadtq_nb.model import CallStyle, Cancel, Lane, Manifest, Reopen, Seal, WorkerInfo, WorkerView
 from yadtq_nb.workbench.bench import Cursor
 from yadtq_nb.workbench.connection import ALWAYS_FITS, Connection
 
@@ -47,7 +48,7 @@ class JobRecord(msgspec.Struct, frozen=True):
     sealed: bool
     #: True while the client that sends it says so.
     sending: bool
-    #: Tasks that have reached the workbench.
+    #: Tasks that have reached the workbench, or were cancelled before that; those sent again count from then on.
     fed: int
     running: int
     succeeded: int
@@ -70,6 +71,10 @@ class JobRecord(msgspec.Struct, frozen=True):
     #: Tasks whose outcome, or whose record, was lost with a server's data.
     lost: int = 0
     lane: Lane = "normal"
+    #: How often it was opened again.
+    life: int = 0
+    #: Its end as the workbench writes it, or "".
+    ended_text: str = ""
 
     @property
     def done(self) -> int:
@@ -87,6 +92,10 @@ class JobFacts(msgspec.Struct, frozen=True):
     cancel: str
     #: Tasks that were cancelled.
     cancelled: int
+    #: Tasks that have failed.
+    failed: int = 0
+    #: Whether it was opened again: then a task may be in several chunks.
+    reopened: bool = False
 
 
 class News(msgspec.Struct, frozen=True):
@@ -105,6 +114,8 @@ class News(msgspec.Struct, frozen=True):
     cancel: str = ""
     #: Indices of tasks that were cancelled one by one.
     dropped: tuple[int, ...] = ()
+    #: True when the job was opened again: what has failed may count no more.
+    reopened: bool = False
 
 
 class Stored(msgspec.Struct, frozen=True):
@@ -180,7 +191,7 @@ class JobStore:
 
     def seal(self, seal: Seal) -> None:
         """Say how many tasks there are, once all are sent."""
-        self._redis.call("seal", seal.id, seal.total, _pack(seal.ends), int(self._config.keep))
+        self._redis.call("seal", seal.id, seal.total, _pack(seal.ends), int(self._config.keep), seal.life)
 
     def cancel(self, cancel: Cancel) -> int:
         """End a job now; returns how many of its tasks had no outcome. May be sent twice.
@@ -211,9 +222,53 @@ class JobStore:
         with self._redis.use() as client:
             return client.get(self._key(job, "sameness")) or b""
 
-    def reopen(self, job: str) -> bool:
-        """Have a job that has lost tasks go on, since these are about to be sent again. False when it has lost none."""
-        return bool(self._redis.call("reopen", job, int(self._config.keep)))
+    def reopen(
+        self,
+        seen: JobRecord,
+        *,
+        total: int,
+        function: str = "",
+        void: Sequence[tuple[str, bytes, int]] = (),
+        replaced: Sequence[int] = (),
+        whole: bool = False,
+    ) -> int:
+        """Have a job that was sent whole begin another life, if it is as it was seen.
+
+        Args:
+            seen: the job as it was when the rest was found out.
+            total: how many tasks it has from now on.
+            function: name of the function of those that are sent now; "" for the old one.
+            void: outcomes that count no more: their field, its mask from now on, and how many these are.
+            replaced: indices of the tasks that are sent again, where the job has not ended.
+            whole: everything without success is sent again, of a job that has ended.
+
+        Returns:
+            The number of the life, or 0: it is not as it was seen.
+        """
+        masks = _pack([[field, mask.decode(), count] for field, mask, count in void])  # Lua knows no bytes
+        keep = int(self._config.keep)
+        told = (seen.life, seen.ended_text, total, function, masks, _pack(list(replaced)), int(whole))
+        return int(self._redis.call("reopen", seen.id, keep, *told))
+
+    def restore_reopened(self, entry: Reopen) -> None:
+        """Have a workbench that was emptied know of a job's last life."""
+        replaced = _pack(list(array("I", entry.replaced)))
+        self._redis.call("reopened", entry.id, int(self._config.keep), entry.life, entry.floor, entry.total, replaced)
+
+    def ends(self, job: str) -> dict[str, int]:
+        """Return where the last chunks of a job lie in Kafka, as its seal has said."""
+        with self._redis.use() as client:
+            packed = client.hget(self._key(job), "ends")
+        return dict(msgspec.msgpack.decode(packed)) if packed else {}
+
+    def copy_arguments(self, job: str, number: int, other: int) -> bool:
+        """Keep the large arguments of a chunk for another, too. False when they are gone."""
+        source, target = (self._redis.key("blob", f"{job}-{n}") for n in (number, other))
+        blobs = self._key(job, "blobs")
+        with self._redis.use() as client:
+            size = client.strlen(source)
+            client.hset(blobs, str(other), size)
+            return bool(size and client.copy(source, target, replace=True))
 
     def run_id(self) -> str:
         """Name of the server's present life."""
@@ -431,7 +486,9 @@ class JobStore:
         masks = [f"{field}m" for field in fields]
         with self._redis.use() as client:
             pipe = client.pipeline(transaction=False)
-            pipe.hmget(self._key(job), "name", "total", "sealed", "ended", "cancel", "cancelled", "id")
+            pipe.hmget(
+                self._key(job), "name", "total", "sealed", "ended", "cancel", "cancelled", "id", "failed", "life"
+            )
             if fields:
                 pipe.hmget(self._key(job, "out"), [*fields, *masks])
             facts, *cells = pipe.execute()
@@ -448,10 +505,12 @@ class JobStore:
             left, part = [stored.field.partition(".")[0] for stored in more], part + 1
         return _facts(facts), found
 
-    def inputs(self, job: str) -> Iterator[bytes]:
-        """Yield the sealed records of a job's chunks, in order."""
-        with self._redis.use() as client:
-            numbers = sorted(map(int, client.hkeys(self._key(job, "in"))))
+    def inputs(self, job: str, numbers: Iterable[int] | None = None) -> Iterator[bytes]:
+        """Yield the sealed records of a job's chunks, or of some of them, in order."""
+        if numbers is None:
+            with self._redis.use() as client:
+                numbers = map(int, client.hkeys(self._key(job, "in")))
+        numbers = sorted(numbers)
         for start in range(0, len(numbers), _PAGE):
             with self._redis.use() as client:
                 records = client.hmget(self._key(job, "in"), numbers[start : start + _PAGE])
@@ -518,6 +577,7 @@ def _news(fields: dict[bytes, bytes]) -> News:
         fields[b"e"] == b"1",
         fields.get(b"c", b"").decode(),
         tuple(map(int, msgspec.msgpack.decode(fields[b"s"]))) if b"s" in fields else (),
+        b"r" in fields,
     )
 
 
@@ -540,7 +600,7 @@ def _record(fields: dict[bytes, bytes], sending: bool, now: float, ttl: int, blo
         style=msgspec.convert(fields.get(b"style", b"item").decode(), CallStyle),
         sealed=fields.get(b"sealed") == b"1",
         sending=sending,
-        fed=count(b"fed"),
+        fed=count(b"fed") + count(b"unfed"),
         running=max(0, count(b"running")),
         succeeded=count(b"succeeded"),
         failed=count(b"failed"),
@@ -554,14 +614,18 @@ def _record(fields: dict[bytes, bytes], sending: bool, now: float, ttl: int, blo
         cancel=fields.get(b"cancel", b"").decode(),
         lost=count(b"lost"),
         lane=msgspec.convert(fields.get(b"lane", b"normal").decode(), Lane),
+        life=count(b"life"),
+        ended_text=ended.decode() if ended else "",
     )
 
 
 def _facts(cells: list[bytes | None]) -> JobFacts | None:
-    name, total, sealed, ended, cancel, cancelled, id = (cell.decode() if cell is not None else "" for cell in cells)
+    texts = (cell.decode() if cell is not None else "" for cell in cells)
+    name, total, sealed, ended, cancel, cancelled, id, failed, life = texts
     if not id:
         return None
-    return JobFacts(name or id, int(total or -1) if sealed == "1" or ended else -1, cancel, int(cancelled or 0))
+    known = int(total or -1) if sealed == "1" or ended else -1
+    return JobFacts(name or id, known, cancel, int(cancelled or 0), int(failed or 0), bool(life))
 
 
 def _decoded(names: Iterable[Any]) -> list[str]:

@@ -100,10 +100,11 @@ class NeedFiles:
         facts, stored = self._store.outcomes_of(job, numbers)
         if facts is None:
             return Supply(job, job), False
-        if whole:
+        if whole or facts.reopened:
             stored = list(self._store.outcomes(job, self._store.fields(job)))
         dropped = tuple(self._store.dropped(job)) if facts.cancelled else ()
-        complete = not facts.cancelled and not facts.cancel
+        # What has failed may be run again, and is asked for anew then.
+        complete = not facts.cancelled and not facts.cancel and not facts.failed
         complete = complete and (facts.total >= 0 if whole else len(stored) >= len(numbers))
         segments = tuple((s.frame, s.mask) for s in stored)
         return Supply(job, facts.name, True, facts.total, facts.cancel, dropped, segments), complete

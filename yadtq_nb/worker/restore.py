@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def restore_jobs(config: Config, queue: str, entries: Iterable[tuple[str, bytes | None]]) -> None:
-    """Write manifests, seals, cancellations and blobs to the workbench; what is there already stays as it is.
+    """Write manifests, seals and the like to the workbench; what is there already stays as it is.
 
     Raises:
         BacklogError, WorkbenchError: a server cannot be reached.
@@ -56,5 +56,7 @@ def _restore(store: JobStore, entry: journal.Entry) -> None:
         store.delete(entry.id)
     elif isinstance(entry, journal.Cancel):
         store.cancel(entry)
+    elif isinstance(entry, journal.Reopen):
+        store.restore_reopened(entry)
     else:
         store.seal(entry)

@@ -13,7 +13,7 @@ redis.call('SREM', key('dead'), node)
 for _, named in ipairs(cmsgpack.unpack(ARGV[5])) do
   local chunk = read_chunk(named[1])
   local held = chunk and holds(chunk, node, named[2])
-  if held and has_ended(chunk.job) then
+  if held and is_over(chunk.job, chunk.number) then
     revoke(named[1], chunk)
     forget(named[1], chunk)
     held = false

@@ -70,6 +70,22 @@ local function has_ended(job)
   return redis.call('HEXISTS', job_key(job), 'ended') == 1
 end
 
+-- Chunks of a job's lives are numbered from here on: see model.LIFE. Those of lives below the floor are over, since the
+-- job had ended when it was opened again.
+local LIFE = 4194304
+
+local function is_over(job, number)
+  local f = redis.call('HMGET', job_key(job), 'ended', 'floor')
+  return f[1] or (f[2] and math.floor(number / LIFE) < tonumber(f[2]))
+end
+
+-- The life in which a task was sent again while chunks of earlier ones might still run, for when they are fed once more.
+local function note_replaced(job, life, packed)
+  for _, index in ipairs(cmsgpack.unpack(packed)) do
+    redis.call('HSET', job_key(job, 'replaced'), index, life)
+  end
+end
+
 local function crash_field(id, offset)
   return id .. ':' .. offset
 end
@@ -165,14 +181,15 @@ end
 -- when it is met. What has ended without an outcome is met, too: the slot will say so. What is met is taken off.
 local function first_unmet(need, chunk)
   local job = need[1]
-  local f = redis.call('HMGET', job_key(job), 'ended', 'sealed', 'id')
+  local f = redis.call('HMGET', job_key(job), 'ended', 'sealed', 'id', 'life')
   if f[1] or (job == chunk.job and need[3] < 0) then
     return nil  -- whoever waits for the end of his own job would wait for ever
   end
   -- A chunk of a job that is not known yet may lie in Kafka, behind a full line.
   local lonely = not f[3] and redis.call('EXISTS', key('full')) == 0
     or f[3] and f[2] ~= '1' and redis.call('EXISTS', job_key(job, 'sending')) == 0
-  if need[3] < 0 then
+  -- Of a job that was opened again, a task may be in a chunk that is done and in one that is not.
+  if need[3] < 0 or f[4] then
     return WHOLE, lonely
   elseif not f[3] then
     return unfed(need[2]), lonely
@@ -310,7 +327,7 @@ local function tell(job, ...)
   redis.call('XADD', key('news'), 'MAXLEN', '~', 8192, '*', 'q', seq, 'j', job, ...)
 end
 
-local JOB_PARTS = {'in', 'out', 'finished', 'failed', 'dropped', 'spans', 'places', 'sameness', 'blobs'}
+local JOB_PARTS = {'in', 'out', 'finished', 'failed', 'dropped', 'replaced', 'spans', 'places', 'sameness', 'blobs'}
 
 -- The keys of arguments that were too large for their chunks.
 local function blobs_of(job)

@@ -3,7 +3,7 @@
 -- Without it a chunk would be lost or doubled when a partition changes hands: a batch counts only if the cursor kept
 -- here equals the offset it was read from, neither behind nor ahead.
 -- ARGV: node, lease, free slots, most ready chunks (-1), most ready bytes (-1), keep, groups (packed), lane, then the records.
--- group: {partition, topic id, expected, next, {{job, number, first, count, weight, offset, job name, function, total, created, style, start after, needs}...}}
+-- group: {partition, topic id, expected, next, {{job, number, first, count, weight, offset, job name, function, total, created, style, start after, needs, done}...}}
 local node, lease, free = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local most_chunks, most_bytes, keep = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local groups = cmsgpack.unpack(ARGV[7])
@@ -33,8 +33,9 @@ local function job_of(c)
   local job = jobs[c[1]]
   if not job then
     local name = job_key(c[1])
-    local f = redis.call('HMGET', name, 'name', 'ended', 'cancelled', 'cancel')
+    local f = redis.call('HMGET', name, 'name', 'ended', 'cancelled', 'cancel', 'floor', 'life')
     job = {name = name, known = f[1], ended = f[2], dropped = f[3], bytes = 0, fed = 0, running = 0, spans = ''}
+    job.floor, job.life = tonumber(f[5] or 0), tonumber(f[6] or 0)
     jobs[c[1]] = job
     if not job.known and f[4] ~= 'deleted' then
       redis.call('HSET', name, 'id', c[1], 'name', c[7], 'function', c[8], 'created', c[10], 'style', c[11], 'lane', lane)
@@ -55,11 +56,10 @@ local function count_jobs()
       if job.running > 0 then
         redis.call('HINCRBY', job.name, 'running', job.running)
       end
-      if redis.call('HINCRBY', job.name, 'fed', job.fed) == job.fed then
+      redis.call('HINCRBY', job.name, 'fed', job.fed)
+      if redis.call('APPEND', job_key(id, 'spans'), job.spans) == #job.spans then
         redis.call('EXPIRE', job_key(id, 'in'), keep * 4)
-        redis.call('SET', job_key(id, 'spans'), job.spans, 'EX', keep * 4)
-      else
-        redis.call('APPEND', job_key(id, 'spans'), job.spans)
+        redis.call('EXPIRE', job_key(id, 'spans'), keep * 4)
       end
       tell_fed(id, job.spans)
     end
@@ -68,12 +68,30 @@ end
 
 local function add(id, c, job, position, data)
   redis.call('HSET', job_key(c[1], 'in'), c[2], data)
-  job.bytes, job.fed = job.bytes + #data, job.fed + c[4]
+  job.bytes = job.bytes + #data
   job.spans = job.spans .. struct.pack('<I4I4I4', c[2], c[3], c[4])
   local chunk = {
     lane = lane, job = c[1], number = c[2], first = c[3], count = c[4], weight = c[5], size = #data,
-    left = c[4], seq = 0, done = '', lapses = 0, crashes = {}, positions = {position},
+    left = c[4], seq = 0, done = c[14], lapses = 0, crashes = {}, positions = {position},
   }
+  if c[14] ~= '' then
+    chunk.left = select(2, c[14]:gsub('0', ''))
+  end
+  if math.floor(c[2] / LIFE) < job.life then
+    -- Some of its tasks were sent again. It is fed only now that the workbench was emptied.
+    for offset = 0, c[4] - 1 do
+      local replaced = redis.call('HGET', job_key(c[1], 'replaced'), c[3] + offset)
+      if replaced and math.floor(c[2] / LIFE) < tonumber(replaced) then
+        drop_task(chunk, offset)
+      end
+    end
+    chunk.dropped = nil
+  end
+  job.fed = job.fed + chunk.left
+  if chunk.left == 0 then
+    close_chunk(id, chunk, keep)
+    return
+  end
   if job.dropped then
     -- Some of its tasks were cancelled while they lay in Kafka.
     for offset = 0, c[4] - 1 do
@@ -141,7 +159,8 @@ for g, group in ipairs(groups) do
       local id = c[1] .. ':' .. c[2]
       local position = {topic, partition, c[6]}
       local job = job_of(c)
-      local finished = job.ended or (job.known and redis.call('GETBIT', job_key(c[1], 'finished'), c[2]) == 1)
+      local finished = job.ended or math.floor(c[2] / LIFE) < job.floor
+        or (job.known and redis.call('GETBIT', job_key(c[1], 'finished'), c[2]) == 1)
       if not finished then
         -- First: a chunk that closes at once takes it away again.
         redis.call('ZADD', key('position:' .. topic .. ':' .. partition), c[6], c[6])

@@ -10,7 +10,7 @@ local chunk = read_chunk(id)
 if not chunk then
   return {'closed', 0}
 end
-if has_ended(chunk.job) then
+if is_over(chunk.job, chunk.number) then
   -- Given back since the job was cancelled, it waits in a line: it goes with its place there. What a cancel has taken out
   -- of a line is swept by and by.
   if leave_line(id, chunk) then

@@ -1,9 +1,10 @@
 #!lua flags=allow-oom
 -- seal: say how many tasks a job has, once all are sent.
--- ARGV: id, total, ends (packed), keep.
+-- ARGV: id, total, ends (packed), keep, life.
 -- Redis may have lost the job meanwhile: create or feed write down the rest when they come.
 local name, keep = job_key(ARGV[1]), tonumber(ARGV[4])
-if redis.call('HEXISTS', name, 'cancel') == 1 then
+-- One of an earlier life comes late: the job was opened again.
+if redis.call('HEXISTS', name, 'cancel') == 1 or tonumber(redis.call('HGET', name, 'life') or 0) > tonumber(ARGV[5]) then
   return 0
 end
 redis.call('HSET', name, 'id', ARGV[1], 'total', ARGV[2], 'sealed', 1, 'ends', ARGV[3])

@@ -16,7 +16,7 @@ local function take_next(lane)
   -- Closed or leased meanwhile: its place in the line is stale.
   if chunk and not chunk.owner then
     count_ready_bytes(chunk, -1)
-    local data = not has_ended(chunk.job) and redis.call('HGET', job_key(chunk.job, 'in'), chunk.number)
+    local data = not is_over(chunk.job, chunk.number) and redis.call('HGET', job_key(chunk.job, 'in'), chunk.number)
     if data then
       local token = grant(id, chunk, node, now + lease)
       redis.call('HINCRBY', job_key(chunk.job), 'running', chunk.weight)
