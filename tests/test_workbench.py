@@ -15,6 +15,7 @@ from yadtq_nb import codec, journal
 from yadtq_nb.config import Config
 from yadtq_nb.errors import Crash, JobNotFoundError, SignatureError, WorkbenchError
 from yadtq_nb.model import (
+    LIFE,
     WHOLE,
     Cancel,
     ChunkHead,
@@ -23,6 +24,7 @@ from yadtq_nb.model import (
     Manifest,
     Need,
     Policy,
+    Reopen,
     Retry,
     Seal,
     Segment,
@@ -1038,3 +1040,161 @@ def test_time_to_keep_is_that_of_the_end_and_may_be_said_twice(bench: Bench) -> 
     assert bench.store.keep("job", 1_000)
     assert 950 < redis.client.ttl(redis.key("job", "job", "out")) <= 1_000
     assert not bench.store.keep("unknown", 50)
+
+
+# Opened again: another life of the job.
+
+
+def opened(bench: Bench, **how: object) -> int:
+    """Open the job again as its client sees it now."""
+    seen = bench.store.record("job")
+    assert seen is not None
+    return bench.store.reopen(seen, total=seen.total, **how)  # type: ignore[arg-type]
+
+
+def again(head: ChunkHead, life: int, done: bytes = b"") -> ChunkHead:
+    """Return the chunk as it is sent in another life."""
+    return msgspec.structs.replace(head, number=life * LIFE + head.number, done=done)
+
+
+def test_outcomes_of_a_life_that_was_over_count_no_more(bench: Bench) -> None:
+    held, waits, late = bench.head(0, 2), bench.head(1, 2), bench.head(2, 2)
+    (lease,) = bench.feed(held, waits, free=1)
+    bench.store.seal(Seal("job", 6))
+    bench.store.cancel(Cancel("job"))
+    assert opened(bench, whole=True) == 1
+    assert bench.finish("a", lease, b"SS") == "closed"
+    assert bench.lost("a", lease) == ["job:0"]
+    assert not bench.feed(late, free=1), "it lay in Kafka when the job was cancelled"
+    assert not bench.node("a").take(9)[0]
+    leases = bench.feed(*(again(head, 1) for head in (held, waits, late)), free=3)
+    assert [bench.finish("a", lease, b"SS") for lease in leases] == ["closed"] * 3
+    record = bench.store.record("job")
+    assert record is not None
+    assert (record.succeeded, record.cancelled, record.total, record.cancel, record.fed) == (6, 0, 6, "", 6)
+    assert record.ended is not None
+
+
+def test_only_what_failed_is_run_of_a_chunk_that_is_sent_again(bench: Bench) -> None:
+    (lease,) = bench.feed(bench.head(0, 3), free=1)
+    bench.store.seal(Seal("job", 3))
+    bench.finish("a", lease, b"SFS")
+    assert opened(bench, void=[("0.0", b"101", 1)], whole=True) == 1
+    (lease,) = bench.feed(again(lease.head, 1, b"101"), free=1)
+    assert lease.done == {0, 2}
+    assert bench.finish("a", lease, b"S", first=1) == "closed"
+    record = bench.store.record("job")
+    assert record is not None
+    assert (record.succeeded, record.failed, record.running) == (3, 0, 0)
+    assert record.ended is not None
+    (stored,) = bench.store.outcomes("job", ["0.0"])
+    assert stored.mask == b"101"
+
+
+@pytest.mark.parametrize("free", [0, 1])
+def test_a_chunk_that_is_sent_again_is_run_from_the_line_as_at_once(bench: Bench, free: int) -> None:
+    (lease,) = bench.feed(bench.head(0, 3), free=1)
+    bench.store.seal(Seal("job", 3))
+    bench.finish("a", lease, b"FSF")
+    opened(bench, void=[("0.0", b"010", 2)], whole=True)
+    leases = bench.feed(again(lease.head, 1, b"010"), free=free) or bench.node("a").take(1)[0]
+    assert [lease.done for lease in leases] == [{1}]
+
+
+def test_job_is_opened_only_as_it_was_seen(bench: Bench) -> None:
+    (lease,) = bench.feed(bench.head(0, 2), free=1)
+    running = bench.store.record("job")
+    assert running is not None
+    assert not bench.store.reopen(running, total=2), "it is still being sent"
+    bench.store.seal(Seal("job", 2))
+    bench.finish("a", lease, b"FF")
+    assert not bench.store.reopen(running, total=2), "it has ended meanwhile"
+    ended = bench.store.record("job")
+    assert ended is not None
+    assert bench.store.reopen(ended, total=2, void=[("0.0", b"00", 2)], whole=True) == 1
+    assert not bench.store.reopen(ended, total=2, void=[("0.0", b"00", 2)], whole=True), "another client was first"
+    record = bench.store.record("job")
+    assert record is not None
+    assert (record.failed, record.life, record.ended, record.sealed) == (0, 1, None, False)
+
+
+def test_seal_of_an_earlier_life_comes_too_late(bench: Bench) -> None:
+    (lease,) = bench.feed(bench.head(0, 2), free=1)
+    bench.store.seal(Seal("job", 2))
+    bench.finish("a", lease, b"SF")
+    opened(bench, void=[("0.0", b"10", 1)], whole=True)
+    bench.store.seal(Seal("job", 2))
+    record = bench.store.record("job")
+    assert record is not None
+    assert not record.sealed
+    bench.store.seal(Seal("job", 2, life=1))
+    record = bench.store.record("job")
+    assert record is not None
+    assert record.sealed
+
+
+def test_what_was_sent_again_does_not_run_twice_after_a_wipe(bench: Bench) -> None:
+    first = bench.head(0, 4)
+    (lease,) = bench.feed(first, free=1)
+    bench.store.seal(Seal("job", 4))
+    bench.finish("a", lease, b"SF")  # two of its tasks still run
+    assert opened(bench, void=[("0.0", b"10", 1)], replaced=[1]) == 1
+    second = again(first, 1, b"1011")
+    bench.feed(second)
+    bench.wipe()
+    bench.beat("a")
+    entries = [
+        Manifest("job", "job", "fn", 1.0, 4),
+        Reopen("job", 1, 0, 4, array("I", [1]).tobytes()),
+        Seal("job", 4, life=1),
+    ]
+    for _ in range(2):  # two nodes may replay the topic
+        restore_jobs(bench.config, bench.queue, [journal.encode(bench.config.key, entry) for entry in entries])
+    bench.start()
+    leases = bench.feed(first, second, free=2, at=0)
+    assert [lease.head.number for lease in leases] == [LIFE], "a chunk with tasks that are no more its own waits"
+    leases += bench.node("a").take(2)[0]
+    assert [lease.done for lease in leases] == [{0, 2, 3}, {1}]
+    bench.finish("a", leases[0], b"S", first=1)
+    bench.finish("a", leases[1], b"S", first=0)
+    bench.finish("a", leases[1], b"SS", first=2)
+    record = bench.store.record("job")
+    assert record is not None
+    assert (record.succeeded, record.failed, record.fed) == (4, 0, 4)
+    assert record.ended is not None
+
+
+def test_cancelled_job_that_was_opened_again_stays_open_after_a_wipe(bench: Bench) -> None:
+    bench.feed(bench.head(0))
+    bench.store.seal(Seal("job", 2))
+    bench.store.cancel(Cancel("job"))
+    assert opened(bench, whole=True) == 1
+    bench.wipe()
+    bench.beat("a")
+    entries = [
+        Manifest("job", "job", "fn", 1.0, 2),
+        Cancel("job"),
+        Reopen("job", 1, 1, 2),
+        Seal("job", 2, life=1),
+    ]
+    restore_jobs(bench.config, bench.queue, [journal.encode(bench.config.key, entry) for entry in entries])
+    bench.start()
+    assert not bench.feed(bench.head(0), free=1, at=0), "of the life that was cancelled"
+    leases = bench.feed(again(bench.head(0), 1), again(bench.head(1), 1), free=2)
+    assert [bench.finish("a", lease) for lease in leases] == ["closed", "closed"]
+    record = bench.store.record("job")
+    assert record is not None
+    assert (record.succeeded, record.cancelled, record.cancel) == (2, 0, "")
+    assert record.ended is not None
+
+
+def test_dependant_waits_for_the_whole_of_a_job_that_was_opened_again(bench: Bench) -> None:
+    (lease,) = bench.feed(bench.head(0, 2), free=1)
+    bench.store.seal(Seal("job", 2))
+    bench.finish("a", lease, b"SF")
+    opened(bench, void=[("0.0", b"10", 1)], whole=True)
+    needy = msgspec.structs.replace(bench.head(0, job="other"), needs=(Need("job", 1, 1),))
+    assert not bench.feed(needy, free=1)
+    (lease,) = bench.feed(again(lease.head, 1, b"10"), free=1)
+    bench.finish("a", lease, b"S", first=1)
+    assert [lease.head.job for lease in bench.node("a").take(1)[0]] == ["other"]

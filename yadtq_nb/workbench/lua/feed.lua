@@ -125,7 +125,7 @@ local function add(id, c, job, position, data)
     write_chunk(id, chunk)
     wait_until(id, c[12])
     added = true
-  elseif free > 0 and not chunk.dropped then
+  elseif free > 0 and chunk.done == c[14] then
     free, job.running = free - 1, job.running + chunk.weight
     leases[#leases + 1] = {id, grant(id, chunk, node, now + lease)}
   else
