@@ -1064,6 +1064,9 @@ def test_outcomes_of_a_life_that_was_over_count_no_more(bench: Bench) -> None:
     bench.store.cancel(Cancel("job"))
     assert opened(bench, whole=True) == 1
     assert bench.finish("a", lease, b"SS") == "closed"
+    record = bench.store.record("job")
+    assert record is not None
+    assert record.succeeded == 0
     assert bench.lost("a", lease) == ["job:0"]
     assert not bench.feed(late, free=1), "it lay in Kafka when the job was cancelled"
     assert not bench.node("a").take(9)[0]
