@@ -1059,22 +1059,24 @@ def again(head: ChunkHead, life: int, done: bytes = b"") -> ChunkHead:
 
 def test_outcomes_of_a_life_that_was_over_count_no_more(bench: Bench) -> None:
     held, waits, late = bench.head(0, 2), bench.head(1, 2), bench.head(2, 2)
-    (lease,) = bench.feed(held, waits, free=1)
-    bench.store.seal(Seal("job", 6))
+    lease, named, released = bench.feed(held, bench.head(3, 2), bench.head(4, 2), free=3)
+    bench.feed(waits)
+    bench.store.seal(Seal("job", 10))
     bench.store.cancel(Cancel("job"))
     assert opened(bench, whole=True) == 1
     assert bench.finish("a", lease, b"SS") == "closed"
     record = bench.store.record("job")
     assert record is not None
     assert record.succeeded == 0
-    assert bench.lost("a", lease) == ["job:0"]
+    assert bench.lost("a", named) == ["job:3"]
+    assert bench.node("a").release(released)
     assert not bench.feed(late, free=1), "it lay in Kafka when the job was cancelled"
     assert not bench.node("a").take(9)[0]
-    leases = bench.feed(*(again(head, 1) for head in (held, waits, late)), free=3)
-    assert [bench.finish("a", lease, b"SS") for lease in leases] == ["closed"] * 3
+    leases = bench.feed(*(again(bench.head(n, 2), 1) for n in range(5)), free=5)
+    assert [bench.finish("a", lease, b"SS") for lease in leases] == ["closed"] * 5
     record = bench.store.record("job")
     assert record is not None
-    assert (record.succeeded, record.cancelled, record.total, record.cancel, record.fed) == (6, 0, 6, "", 6)
+    assert (record.succeeded, record.cancelled, record.total, record.cancel, record.fed) == (10, 0, 10, "", 10)
     assert record.ended is not None
 
 
