@@ -12,6 +12,7 @@ import stacks
 from waiting import wait_until
 
 from yadtq_nb import codec, journal
+from yadtq_nb.client.inbox import is_incomplete
 from yadtq_nb.config import Config
 from yadtq_nb.errors import Crash, JobNotFoundError, SignatureError, WorkbenchError
 from yadtq_nb.model import (
@@ -1191,6 +1192,14 @@ def test_cancelled_job_that_was_opened_again_stays_open_after_a_wipe(bench: Benc
     assert record is not None
     assert (record.succeeded, record.cancelled, record.cancel) == (2, 0, "")
     assert record.ended is not None
+
+
+@pytest.mark.parametrize("entry", [Manifest("job", "job", "fn", 1.0, 2), Reopen("job", 1, 1, 2)])
+def test_job_that_is_being_restored_is_not_taken_for_incomplete(bench: Bench, entry: Manifest | Reopen) -> None:
+    restore_jobs(bench.config, bench.queue, [journal.encode(bench.config.key, entry)])
+    record = bench.store.record("job")
+    assert record is not None
+    assert not is_incomplete(record), "its seal is about to come"
 
 
 def test_dependant_waits_for_the_whole_of_a_job_that_was_opened_again(bench: Bench) -> None:

@@ -400,7 +400,7 @@ class Link:
             seen = repair.known(self, job, name)
             life = self._reopen_for(len(items), seen)
         total = seen.total + len(items)
-        self.mailer.send_entry(Reopen(job, life, 0, total))
+        self.mailer.send_safely(Reopen(job, life, 0, total))
         self._start_sending(
             Sender(
                 packet,

@@ -258,16 +258,24 @@ class Mailer:
         """Write an entry to the jobs topic."""
         self._publisher("normal").send_job(*journal.encode(self._config.key, entry))
 
+    def send_safely(self, entry: Reopen | Seal) -> None:
+        """Write an entry to the jobs topic, and wait until Kafka has it.
+
+        Raises:
+            BacklogError: it has not taken it.
+        """
+        self.send_entry(entry)
+        if not self.flush():
+            raise BacklogError("Kafka has not taken what was said of the job in time; is the broker up?")
+
     def seal(self, seal: Seal, patience: float) -> None:
         """Say that a job was sent whole, waiting so many seconds for Redis.
 
         Raises:
             BacklogError, WorkbenchError: Kafka or Redis has not taken it.
         """
-        self.send_entry(seal)
         # Before the workbench knows: one that is emptied right then must find it in Kafka.
-        if not self.flush():
-            raise BacklogError("Kafka has not taken the end of the job in time; is the broker up?")
+        self.send_safely(seal)
         patiently(lambda: self._store.seal(seal), patience)
 
     def ring(self) -> None:
