@@ -113,19 +113,19 @@ def test_job_survives_its_worker_and_its_kernel(users: Stack, tmp_path: Path) ->
     run(cells[:restart], tmp_path)  # this kernel is killed in the middle of the job
     run(cells[restart:], tmp_path)
     shown = Shown(cells)
-    victim = re.search(r"killed (\S+) while <Job 'biopsies': (\d+) of 120 succeeded", shown.text("kill"))
+    victim = re.search(r"killed (\S+) while <Job 'biopsies': (\d+) of 100 succeeded", shown.text("kill"))
     assert victim is not None
-    assert 30 <= int(victim[2]) < 120
+    assert 30 <= int(victim[2]) < 100
     assert "lost" in shown.text("workers")
     assert "found: <Job 'biopsies': " in shown.text("again")
-    assert "ended: <Job 'biopsies': 120 of 120 succeeded, 0 failed, 0 running>" in shown.text("again")
-    assert "120 of 120" in shown.card("attach")
+    assert "ended: <Job 'biopsies': 100 of 100 succeeded, 0 failed, 0 running>" in shown.text("again")
+    assert "100 of 100" in shown.card("attach")
     assert victim[1] in shown.text("frame")
     assert shown.pictures() == 1
     assert shown.complaints() == []
     with Queue(config=users.ensure_up()) as queue:
         frame = queue.job("biopsies").to_frame()
-    assert list(frame.index) == list(frame["input"]) == list(range(120))
+    assert list(frame.index) == list(frame["input"]) == list(range(100))
     assert set(frame["state"]) == {"succeeded"}
     assert len(set(frame["worker"])) == 2
     assert frame["accuracy"].between(0.8, 1).all()
