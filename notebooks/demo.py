@@ -5,6 +5,7 @@ python notebooks/demo.py [where to keep the executed notebook]
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def execute(notebook: nbformat.NotebookNode) -> None:
     resources = {"metadata": {"path": str(HERE)}}
     client = NotebookClient(notebook, km=manager, timeout=PATIENCE, resources=resources, extra_arguments=quiet)
     client.execute(cleanup_kc=True)
-    manager.cleanup_resources()
+    asyncio.run(manager.cleanup_resources())
 
 
 def text_of(notebook: nbformat.NotebookNode, tag: str) -> str:
