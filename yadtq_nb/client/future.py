@@ -37,6 +37,7 @@ class _Owner(Protocol):
     def link(self) -> object: ...
     def want(self) -> None: ...
     def task_state(self, index: int) -> State: ...
+    def task_log(self, index: int) -> str: ...
     def cancel_tasks(self, indices: Iterable[int]) -> list[int]: ...
 
 
@@ -64,6 +65,22 @@ class TaskFuture(Future[Any]):
     def state(self) -> State:
         """State of the task, as far as this process has heard."""
         return self.job.task_state(self.index)
+
+    @property
+    def log(self) -> str:
+        """What the task has written to stdout and stderr, warnings and logging included: the end of it, some 64 KiB.
+
+        It comes with the task's outcome, whether that is a value or an error, and is of the last attempt: "" before,
+        and for a task that was cancelled. Logging is as Python has it where nobody has configured it, so that warnings
+        and errors are shown; call logging.basicConfig(level=...) in the function for more.
+
+        A task that has run alone in its chunk, as a long one does, has all that was written meanwhile, by C code and by
+        what it has started, too. One that has travelled with others has what Python code in its own process has written
+        to sys.stdout and sys.stderr, and it has less of that where they have written more than 1 MiB together. Of a
+        task that has killed its slot there are the last lines. Beyond the first 4096 tasks of a job less and less is
+        kept of each, down to 1 KiB.
+        """
+        return self.job.task_log(self.index)
 
     def result(self, timeout: float | None = None) -> Any:
         """See concurrent.futures.Future. A task that waits for another lends its slot meanwhile."""

@@ -401,6 +401,11 @@ class Job(Sequence[Future[Any]]):
         """Return a task's state, as far as this process has heard."""
         return self._board.state(index) or State.QUEUED
 
+    def task_log(self, index: int) -> str:
+        """Return what a task has written, as far as it is kept and this process has heard."""
+        self.want()
+        return self._board.log(index).decode("utf-8", "replace")
+
     def worker_views(self) -> list[WorkerView]:
         """Return the nodes that serve the queue, and those that were lost while this job was there, if not long ago."""
         views = [view for view in self._link.store.workers() if view.status != "stopped"]
