@@ -38,6 +38,7 @@ class _Owner(Protocol):
     def want(self) -> None: ...
     def task_state(self, index: int) -> State: ...
     def task_log(self, index: int) -> str: ...
+    def debug_task(self, index: int) -> Any: ...
     def cancel_tasks(self, indices: Iterable[int]) -> list[int]: ...
 
 
@@ -81,6 +82,27 @@ class TaskFuture(Future[Any]):
         kept of each, down to 1 KiB.
         """
         return self.job.task_log(self.index)
+
+    def debug(self) -> Any:
+        """Run this task's call here, in this process, and return its value; where it raises, open pdb's post-mortem.
+
+        Function and item are unpickled from the bytes that the worker was given; what the task needs of other tasks is
+        fetched. Whether the task has run, and how that ended, does not matter, and nothing is told to the queue. The
+        working directory, sys.path and imported modules are those of this process; retries and timeout do not count.
+        A coroutine runs in an event loop of its own: in a notebook, whose loop runs already, in a thread of its own, so
+        that a breakpoint() in it may not find the keyboard.
+
+        Post-mortem, as with %debug: the traceback is printed, then pdb asks for commands where the error was raised,
+        and None is returned when you leave it by "q". Also after "q" at a breakpoint() of the function.
+
+        Raises:
+            JobNotFoundError: the job has expired or was deleted, and what it was given with it.
+            JobError: the task has not reached the workbench within 5 s.
+            DependencyError: what it needs of another task has no value.
+            TaskError: its function or item cannot be unpickled here; ItemPickleError where it could not even be sent.
+            WorkbenchError: Redis cannot be reached.
+        """
+        return self.job.debug_task(self.index)
 
     def result(self, timeout: float | None = None) -> Any:
         """See concurrent.futures.Future. A task that waits for another lends its slot meanwhile."""

@@ -93,7 +93,7 @@ class Capture:
         os.register_at_fork(after_in_child=self._stop)
 
     def _open_streams(self) -> None:
-        out = io.TextIOWrapper(self._raw[0], "utf-8", "replace", write_through=True)
+        out = io.TextIOWrapper(self._raw[0], "utf-8", "backslashreplace", write_through=True)
         err = io.TextIOWrapper(self._raw[1], "utf-8", "backslashreplace", write_through=True)
         self._streams = out, err
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__ = self._streams  # type: ignore[misc]  # mypy thinks that they are final

@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
 from yadtq_nb import errors
-from yadtq_nb.model import BrokenItem, CallStyle, ErrorInfo
+from yadtq_nb.model import BrokenItem, CallStyle
 from yadtq_nb.slots import capture
 from yadtq_nb.slots.calls import apply
 from yadtq_nb.slots.outcomes import Outcomes, ours
@@ -30,16 +30,17 @@ def fail_broken(outcomes: Outcomes, first: int, items: Sequence[Any], todo: Sequ
         return todo
     broken = [offset for offset in todo if type(items[offset]) is BrokenItem]
     for offset in broken:
-        outcomes.failures[offset] = items[offset].info or _unsent(items[offset], first + offset)
+        outcomes.failures[offset] = items[offset].info or ours(unsent(items[offset], first + offset))
     outcomes.offsets = broken
     outcomes.values += [None] * len(broken)
     gone = set(broken)
     return [offset for offset in todo if offset not in gone]
 
 
-def _unsent(item: BrokenItem, index: int) -> ErrorInfo:
+def unsent(item: BrokenItem, index: int) -> errors.TaskError:
+    """Return the error of a task whose item could not be sent."""
     kind: type[errors.TaskError] = getattr(errors, item.error)
-    return ours(kind(f"the item of task {index} cannot be sent: {item.message}", index=index))
+    return kind(f"the item of task {index} cannot be sent: {item.message}", index=index)
 
 
 def run_each(

@@ -30,7 +30,7 @@ from yadtq_nb.slots.calls import Loaded, holds_bytecode, load_function
 from yadtq_nb.slots.capture import Capture
 from yadtq_nb.slots.outcomes import Outcomes, info
 from yadtq_nb.slots.show import shown
-from yadtq_nb.slots.supply import Supplies, named
+from yadtq_nb.slots.supply import Supplies, named, read
 from yadtq_nb.slots.wire import Order, Report, Setup
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class Slot:
         if not 0 <= head.function_size <= len(function):
             raise errors.FormatError(f"chunk {head.id} is cut short within its function: send it again")
         self._enter(head.environment, order.tree)
-        supplies = Supplies(self._setup.secret, order.needs)
+        supplies = Supplies(self._setup.secret, functools.partial(read, order.needs))
         with _explained(head), needs.supplying(supplies.value):
             try:
                 call = self._function(head, function, order.function)
