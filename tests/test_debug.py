@@ -284,9 +284,7 @@ def test_function_that_cannot_be_unpickled_here_is_named(queue: Queue) -> None:
 
 def test_task_that_no_worker_feeds_says_so(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(debugging, "PATIENCE", 0.2)
-    with Queue(
-        "nobody-serves-this", **{s: getattr(queue._settings(), s) for s in ("kafka", "redis", "secret")}
-    ) as other:
+    with Queue(f"{queue.name}-unserved", config=queue._settings()) as other:
         future: Any = other.submit(abs, 1)
         with pytest.raises(JobError, match="has not reached the workbench"):
             future.debug()

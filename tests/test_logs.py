@@ -294,7 +294,7 @@ def test_task_that_kills_its_slot_has_its_last_lines(queue: Queue) -> None:
     def die(x: int) -> int:
         print("task", x, flush=True)
         if x == 1:
-            print("last words", end="")
+            print("last words", end="", flush=True)
             os._exit(3)
         return x
 

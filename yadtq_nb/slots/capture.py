@@ -32,6 +32,8 @@ _OF_A_JOB: Final = 256 * 1024 * 1024
 _LEAST: Final = 1024
 #: Most that is kept of all tasks of a chunk that are reported together, in bytes.
 _TOGETHER: Final = 1024 * 1024
+#: Longest part of a line that waits for the rest, in bytes.
+_LINE: Final = 8 * 1024
 #: Stands where something was cut off.
 CUT: Final = b"[... cut ...]\n"
 #: Seconds for which a log is looked at again that is just being cut.
@@ -42,22 +44,53 @@ current: ContextVar[int] = ContextVar("yadtq-task")
 
 
 class Stream(io.BufferedIOBase):
-    """Writes to a file descriptor at once, and tells what. It cannot be closed: the next task needs it."""
+    """Writes to a file descriptor line by line, and tells whose it is. It cannot be closed: the next task needs it."""
 
-    def __init__(self, fd: int, note: Callable[[memoryview], object]) -> None:
+    def __init__(self, fd: int, whose: Callable[[], int], note: Callable[[int, bytes], object]) -> None:
+        """Take the parts that are passed in.
+
+        Args:
+            whose: returns the offset of the task that writes now.
+            note: is told what a task has written.
+        """
         super().__init__()
-        self._fd, self._note = fd, note
+        self._fd, self._whose, self._note = fd, whose, note
+        # Reentrant: a signal handler of a task may write while it writes.
+        self._lock = threading.RLock()
+        self._line = b""
+        self._owner = READING
         #: As the interpreter's own have it.
         self.name = "<stdout>" if fd == 1 else "<stderr>"
 
     def write(self, data: ReadableBuffer, /) -> int:
-        """Write all of it."""
-        view = memoryview(data).cast("B")
-        self._note(view)
-        done = 0
-        while done < len(view):
-            done += os.write(self._fd, view[done:])
-        return done
+        """Write all of it, once a line is whole, or somebody else begins to write."""
+        text = bytes(data)
+        with self._lock:
+            owner = self._whose()
+            if self._line and owner != self._owner:
+                self._put()
+            self._owner = owner
+            self._line += text
+            if b"\n" in text or b"\r" in text or len(self._line) >= _LINE:
+                self._put()
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what there is of a line."""
+        if self._line:
+            with self._lock:
+                self._put()
+
+    def _put(self) -> None:
+        line, self._line = self._line, b""
+        self._note(self._owner, line)
+        done = os.write(self._fd, line)
+        while done < len(line):
+            done += os.write(self._fd, line[done:])
+
+    def leave(self) -> None:
+        """In a child that a task has forked: the line is its parent's, and a thread of that may hold the lock."""
+        self._lock, self._line = threading.RLock(), b""
 
     def fileno(self) -> int:
         """Return the file descriptor."""
@@ -68,7 +101,8 @@ class Stream(io.BufferedIOBase):
         return True
 
     def close(self) -> None:
-        """Do nothing."""
+        """Do nothing but flush."""
+        self.flush()
 
 
 class Capture:
@@ -78,7 +112,6 @@ class Capture:
         """Take the place of sys.stdout and sys.stderr; their file descriptors have been given to the log by then."""
         self._progress = progress
         self._log = os.open(log, os.O_RDONLY | os.O_CLOEXEC)
-        # Reentrant: a signal handler of a task may write while it writes.
         self._lock = threading.RLock()
         self._kept: dict[int, bytearray] = {}
         self._cut: set[int] = set()
@@ -87,7 +120,7 @@ class Capture:
         self._first = 0
         self._alone = True
         self._together = False
-        self._raw = Stream(1, self._note), Stream(2, self._note)
+        self._raw = Stream(1, self._whose, self._note), Stream(2, self._whose, self._note)
         self._c_stdout = _c_stdout()
         self._open_streams()
         os.register_at_fork(after_in_child=self._stop)
@@ -113,16 +146,23 @@ class Capture:
         """Be told that they run side by side."""
         self._together = True
 
+    def flush_lines(self) -> None:
+        """Write what there is of lines that are not whole."""
+        for raw in self._raw:
+            raw.flush()
+
     def _forget(self) -> None:
         self._kept, self._cut = {}, set()
         self._size, self._share = 0, KEPT
 
     def flush(self) -> None:
         """Bring what lies in buffers to where it belongs."""
-        for stream, ours in zip((sys.stdout, sys.stderr), self._streams, strict=True):
+        for stream, ours, raw in zip((sys.stdout, sys.stderr), self._streams, self._raw, strict=True):
             if stream is not ours:
                 with contextlib.suppress(Exception):  # a task's own
                     stream.flush()
+            with contextlib.suppress(OSError):  # the disk is full
+                raw.flush()
         if self._alone and self._c_stdout is not None:
             self._c_stdout()
 
@@ -152,11 +192,11 @@ class Capture:
         """Return how much of a task is kept: little by little less, so that a job of very many cannot fill Redis."""
         return min(self._share, max(_LEAST, _OF_A_JOB // (self._first + offset + 1)))
 
-    def _note(self, data: memoryview) -> None:
-        if self._alone:
-            return
-        offset = current.get(self._progress[0])
-        if offset & READING:
+    def _whose(self) -> int:
+        return current.get(self._progress[0])
+
+    def _note(self, offset: int, data: bytes) -> None:
+        if self._alone or offset & READING:
             return
         with self._lock:
             if offset != self._progress[WRITER]:
@@ -195,8 +235,10 @@ class Capture:
                 self._trim(offset, self._most(offset))
 
     def _stop(self) -> None:
-        """In a child that a task has forked: its memory is not ours, and the lock may be held by a thread of ours."""
+        """In a child that a task has forked: what it keeps, nobody reads."""
         self._alone = True
+        for raw in self._raw:
+            raw.leave()
 
 
 def read_end(log: int, start: Callable[[], int], most: int) -> bytes:

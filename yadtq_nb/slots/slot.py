@@ -60,7 +60,7 @@ class Slot:
         self._entered: Environment | None = None
         self._home = ""
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._reporter = Reporter(self._send)
+        self._reporter = Reporter(self._send, capture)
         lending.serve(self._reporter.lend)
 
     def serve(self) -> NoReturn:
@@ -217,8 +217,8 @@ class Slot:
 class Reporter:
     """Reports what a long chunk has, from a thread of its own, since a task may run for hours after a quick one."""
 
-    def __init__(self, send: Callable[[Report, bytes], None]) -> None:
-        self._send = send
+    def __init__(self, send: Callable[[Report, bytes], None], capture: Capture) -> None:
+        self._send, self._capture = send, capture
         self._lock = threading.Lock()
         self._wanted = threading.Event()
         self._parked = True
@@ -257,6 +257,7 @@ class Reporter:
                 if outcomes is not None and time.monotonic() - self._began > _REPORT_EVERY:
                     # What cannot be pickled now is left to the last report.
                     with contextlib.suppress(Exception):
+                        self._capture.flush_lines()
                         outcomes.report(self._send, last=False)
 
     def _park(self) -> None:
