@@ -184,20 +184,28 @@ def test_task_whose_child_forks_and_writes_among_others_neither_hangs_nor_takes_
     assert logs(queue.map(fork, range(2), chunksize=2)) == ["parent 0\n", "parent 1\n"]
 
 
+def test_progress_bar_is_kept_as_it_was_written(queue: Queue) -> None:
+    def bar(x: int) -> None:
+        for percent in range(3):
+            print(f"\r{x}: {percent} %", end="", file=sys.stderr)
+
+    assert logs(queue.map(bar, range(2), chunksize=2)) == [f"\r{x}: 0 %\r{x}: 1 %\r{x}: 2 %" for x in range(2)]
+
+
 # How much of it
 
 
 @pytest.mark.parametrize("chunksize", [1, 2])
 def test_of_ten_megabytes_the_end_is_kept_with_a_mark(queue: Queue, chunksize: int) -> None:
     def chatter(x: int) -> None:
-        for line in range(100_000):
-            print(f"{x} {line:06d}", "." * 90)
+        for line in range(10_000):
+            print(f"{x} {line:06d}", "." * 1_000)
         print("the end of", x)
 
     for x, found in enumerate(logs(queue.map(chatter, range(2), chunksize=chunksize))):
         assert found.startswith(MARK)
         assert found.endswith(f"the end of {x}\n")
-        assert KEPT - 200 < len(found) <= KEPT + len(MARK)
+        assert KEPT - 1_100 < len(found) <= KEPT + len(MARK)
         assert all(line.split()[0] == str(x) for line in found.removeprefix(MARK).splitlines()[1:-1])
 
 
