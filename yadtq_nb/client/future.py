@@ -76,10 +76,10 @@ class TaskFuture(Future[Any]):
         and errors are shown; call logging.basicConfig(level=...) in the function for more.
 
         A task that has run alone in its chunk, as a long one does, has all that was written meanwhile, by C code and by
-        what it has started, too. One that has travelled with others has what Python code in its own process has written
-        to sys.stdout and sys.stderr, and it has less of that where they have written more than 1 MiB together. Of a
-        task that has killed its slot there are the last lines. Beyond the first 4096 tasks of a job less and less is
-        kept of each, down to 1 KiB.
+        what it has started, and also by what an earlier task has left running there. One that has travelled with others
+        has what Python code in its own process has written to sys.stdout and sys.stderr, and it has less of that where
+        they have written more than 1 MiB together. Of a task that has killed its slot there are the last lines. Beyond
+        the first 4096 tasks of a job less and less is kept of each, down to 1 KiB.
         """
         return self.job.task_log(self.index)
 

@@ -149,7 +149,8 @@ class Capture:
     def flush_lines(self) -> None:
         """Write what there is of lines that are not whole."""
         for raw in self._raw:
-            raw.flush()
+            with contextlib.suppress(OSError):  # the disk is full
+                raw.flush()
 
     def _forget(self) -> None:
         self._kept, self._cut = {}, set()
@@ -157,20 +158,23 @@ class Capture:
 
     def flush(self) -> None:
         """Bring what lies in buffers to where it belongs."""
-        for stream, ours, raw in zip((sys.stdout, sys.stderr), self._streams, self._raw, strict=True):
+        for stream, ours in zip((sys.stdout, sys.stderr), self._streams, strict=True):
             if stream is not ours:
                 with contextlib.suppress(Exception):  # a task's own
                     stream.flush()
-            with contextlib.suppress(OSError):  # the disk is full
-                raw.flush()
+        self.flush_lines()
         if self._alone and self._c_stdout is not None:
             self._c_stdout()
 
     def take(self, offsets: Sequence[int]) -> dict[int, bytes]:
-        """Return what those of the tasks at offsets have written that have written anything, and forget it."""
+        """Return what those of the tasks at offsets, which have ended, have written, if anything, and forget it."""
         if self._alone:
-            found = self._region(offsets[0]) if offsets else b""
+            if not offsets:
+                return {}
+            self.flush()
+            found = self._region(offsets[0])
             return {offsets[0]: found} if found else {}
+        self.flush_lines()  # its end may lie there still
         if not self._kept:
             return {}
         with self._lock:
@@ -186,7 +190,9 @@ class Capture:
         return marked(bytes(kept)) if offset in self._cut else bytes(kept)
 
     def _region(self, offset: int) -> bytes:
-        return read_end(self._log, lambda: self._progress[LOG_START], self._most(offset))
+        with contextlib.suppress(OSError):
+            return read_end(self._log, lambda: self._progress[LOG_START], self._most(offset))
+        return b""
 
     def _most(self, offset: int) -> int:
         """Return how much of a task is kept: little by little less, so that a job of very many cannot fill Redis."""
@@ -231,7 +237,7 @@ class Capture:
         self._share *= 2
         while self._size > _TOGETHER and self._share:
             self._share //= 2
-            for offset in self._kept:
+            for offset in list(self._kept):
                 self._trim(offset, self._most(offset))
 
     def _stop(self) -> None:

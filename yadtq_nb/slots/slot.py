@@ -114,7 +114,7 @@ class Slot:
         if os.getpid() != self._pid:
             os._exit(0)  # a task has forked, and the child has come back: it must not speak for the slot
         pending.finish()  # once the chunk is told done, this slot may be replaced
-        self._capture.flush()
+        self._capture.flush()  # what a task has put in the place of sys.stdout may hold something back
         self._reporter.finish(outcomes)
 
     def _run_tasks(
