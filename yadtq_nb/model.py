@@ -287,6 +287,8 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
     worker: str
     #: Index in the job -> attempt, for those that were not run for the first time.
     attempts: dict[int, int] = {}
+    #: Index in the job -> the end of what it has written, for those that have written anything.
+    logs: dict[int, bytes] = {}
 
     def indices(self) -> range | array[int]:
         """Indices of the tasks in the job, in the order of the packed fields."""

@@ -503,6 +503,12 @@ class Board:
             table.add(outcomes)
         return table
 
+    def log(self, index: int) -> bytes:
+        """Return the end of what a task has written; nothing while it has no outcome."""
+        with self._changed:
+            found = self._find(index)
+        return found[0].segment.logs.get(index, b"") if found else b""
+
     def state(self, index: int) -> State | None:
         """Return a task's final state, or None while it has none."""
         with self._changed:

@@ -37,6 +37,8 @@ class _Owner(Protocol):
     def link(self) -> object: ...
     def want(self) -> None: ...
     def task_state(self, index: int) -> State: ...
+    def task_log(self, index: int) -> str: ...
+    def debug_task(self, index: int) -> Any: ...
     def cancel_tasks(self, indices: Iterable[int]) -> list[int]: ...
 
 
@@ -64,6 +66,43 @@ class TaskFuture(Future[Any]):
     def state(self) -> State:
         """State of the task, as far as this process has heard."""
         return self.job.task_state(self.index)
+
+    @property
+    def log(self) -> str:
+        """What the task has written to stdout and stderr, warnings and logging included: the end of it, some 64 KiB.
+
+        It comes with the task's outcome, whether that is a value or an error, and is of the last attempt: "" before,
+        and for a task that was cancelled. Logging is as Python has it where nobody has configured it, so that warnings
+        and errors are shown; call logging.basicConfig(level=...) in the function for more.
+
+        A task that has run alone in its chunk, as a long one does, has all that was written meanwhile, by C code and by
+        what it has started, and also by what an earlier task has left running there. One that has travelled with others
+        has what Python code in its own process has written to sys.stdout and sys.stderr, and it has less of that where
+        they have written more than 1 MiB together. Of a task that has killed its slot there are the last lines. Beyond
+        the first 4096 tasks of a job less and less is kept of each, down to 1 KiB.
+        """
+        return self.job.task_log(self.index)
+
+    def debug(self) -> Any:
+        """Run this task's call here, in this process, and return its value; where it raises, open pdb's post-mortem.
+
+        Function and item are unpickled from the bytes that the worker was given; what the task needs of other tasks is
+        fetched. Whether the task has run, and how that ended, does not matter, and nothing is told to the queue. The
+        working directory, sys.path and imported modules are those of this process; retries and timeout do not count.
+        A coroutine runs in an event loop of its own: in a notebook, whose loop runs already, in a thread of its own, so
+        that a breakpoint() in it may not find the keyboard.
+
+        Post-mortem, as with %debug: the traceback is printed, then pdb asks for commands where the error was raised,
+        and None is returned when you leave it by "q". Also after "q" at a breakpoint() of the function.
+
+        Raises:
+            JobNotFoundError: the job has expired or was deleted, and what it was given with it.
+            JobError: the task has not reached the workbench within 5 s.
+            DependencyError: what it needs of another task has no value.
+            TaskError: its function or item cannot be unpickled here; ItemPickleError where it could not even be sent.
+            WorkbenchError: Redis cannot be reached.
+        """
+        return self.job.debug_task(self.index)
 
     def result(self, timeout: float | None = None) -> Any:
         """See concurrent.futures.Future. A task that waits for another lends its slot meanwhile."""

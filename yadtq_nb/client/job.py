@@ -460,6 +460,17 @@ class Job(Sequence[Future[Any]]):
         """Return a task's state, as far as this process has heard."""
         return self._board.state(index) or State.QUEUED
 
+    def task_log(self, index: int) -> str:
+        """Return what a task has written, as far as it is kept and this process has heard."""
+        self.want()
+        return self._board.log(index).decode("utf-8", "replace")
+
+    def debug_task(self, index: int) -> Any:
+        """Run a task's call in this process; see TaskFuture.debug."""
+        from yadtq_nb.client import debug
+
+        return debug.debug(self._link, self.id, self.name, index, settled=self._board.state(index) is not None)
+
     def worker_views(self) -> list[WorkerView]:
         """Return the nodes that serve the queue, and those that were lost while this job was there, if not long ago."""
         views = [view for view in self._link.store.workers() if view.status != "stopped"]

@@ -14,8 +14,9 @@ from typing import Final
 from yadtq_nb import source
 from yadtq_nb.model import Environment, Lease
 from yadtq_nb.slots import wire
+from yadtq_nb.slots.capture import CUT, KEPT, read_end
 from yadtq_nb.slots.launch import shared_memory
-from yadtq_nb.slots.wire import NO_OFFSET, READING
+from yadtq_nb.slots.wire import ALONE, LOG_START, NO_OFFSET, READING, WRITER
 
 #: A log longer than this is cut, in bytes, and how much of it is kept.
 _LOG_LIMIT: Final = 8 * 1024 * 1024
@@ -55,7 +56,6 @@ class Child:
         self.used_memory = 0
         #: Tasks that it was given so far.
         self.tasks = 0
-        self.log_start = 0
         #: When it was last given a chunk, or made, on the monotonic clock.
         self.used = time.monotonic()
 
@@ -79,6 +79,25 @@ class Child:
         if offset != self.seen:
             self.seen, self.seen_at = offset, now
         return offset is not None
+
+    def begin_log(self) -> None:
+        """Note that what is written from now on belongs to the next chunk."""
+        self.progress[LOG_START], self.progress[WRITER] = min(size(self.log), 0xFFFFFFFF), READING
+
+    def written(self, most: int = KEPT) -> bytes:
+        """Return the end of what was written since its chunk began, or since the task that runs began to write."""
+        try:
+            log = os.open(self.log, os.O_RDONLY)
+        except OSError:
+            return b""
+        try:
+            return read_end(log, lambda: self.progress[LOG_START], most)
+        finally:
+            os.close(log)
+
+    def written_by(self, offset: int) -> bytes:
+        """Return the end of what a task has written that is running, as far as it can be told from that of others."""
+        return self.written() if self.progress[WRITER] in (ALONE, offset) else b""
 
     def is_idle(self) -> bool:
         """Return whether it may be given a chunk."""
@@ -105,25 +124,21 @@ def size(path: Path) -> int:
 
 
 def tail(slot: Child) -> str:
-    """Return the last lines of what a slot has written since its chunk began."""
-    try:
-        with slot.log.open("rb") as file:
-            length = size(slot.log)
-            start = slot.log_start if slot.log_start <= length else 0  # it may have been cut meanwhile
-            file.seek(max(start, length - _LAST_BYTES))
-            # What faulthandler adds of loaded extension modules says nothing of the task.
-            text = file.read().decode("utf-8", "replace").partition("\nExtension modules:")[0]
-            return "\n".join(text.splitlines()[-_LAST_LINES:])
-    except OSError:
-        return ""
+    """Return the last lines of what a slot has written since its chunk began, or since its task began to write."""
+    # What faulthandler adds of loaded extension modules says nothing of the task.
+    text = slot.written(_LAST_BYTES).decode("utf-8", "replace").partition("\nExtension modules:")[0]
+    return "\n".join(text.splitlines()[-_LAST_LINES:])
 
 
-def bound(path: Path) -> None:
+def bound(slot: Child) -> None:
     """Cut a log that is too long; those who append to it go on at its new end."""
-    if size(path) > _LOG_LIMIT:
-        with contextlib.suppress(OSError), path.open("r+b") as file:
+    if size(slot.log) > _LOG_LIMIT:
+        with contextlib.suppress(OSError), slot.log.open("r+b") as file:
             file.seek(-_LOG_KEPT, os.SEEK_END)
             kept = file.read()
+            end = file.tell()
             file.seek(0)
-            file.write(b"[... cut ...]\n" + kept)
+            file.write(CUT + kept)
             file.truncate()
+            start = slot.progress[LOG_START] - (end - len(CUT) - len(kept))
+            slot.progress[LOG_START] = start if start > len(CUT) else 0

@@ -19,6 +19,8 @@ from yadtq_nb.slots.wire import Order, Report
 
 Send: TypeAlias = Callable[[Report, bytes], None]
 _Types: TypeAlias = tuple[type[BaseException], ...]
+#: Given offsets: what each of these tasks has written, that has written anything.
+TakeLogs: TypeAlias = Callable[[Sequence[int]], dict[int, bytes]]
 
 _OURS: Final = str(Path(__file__).parent)
 #: Longest traceback and message that travel, in characters; more is cut out of the middle.
@@ -41,8 +43,9 @@ class Outcomes:
     #: Offset of each task in the chunk, in the order of values.
     offsets: Sequence[int]
 
-    def __init__(self, order: Order, node: str, secret: bytes) -> None:
+    def __init__(self, order: Order, node: str, secret: bytes, take_logs: TakeLogs) -> None:
         self._order, self._node, self._secret = order, node, secret
+        self._take_logs = take_logs
         #: Where its tasks run, once that is known.
         self.environment = Environment()
         self.values: list[Any] = []
@@ -188,6 +191,7 @@ class Outcomes:
             seconds=seconds.tobytes(),
             worker=self._node,
             attempts=self._attempts(offsets),
+            logs={order.first + offset: log for offset, log in self._take_logs(offsets).items()},
         )
         packed = b"" if consecutive else array("I", offsets).tobytes()
         return Report(

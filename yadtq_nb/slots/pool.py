@@ -30,7 +30,7 @@ import msgspec
 
 from yadtq_nb.model import WHOLE, Environment, Lease, Retry
 from yadtq_nb.slots import processes, wire
-from yadtq_nb.slots.child import Child, bound, size, tail
+from yadtq_nb.slots.child import Child, bound, tail
 from yadtq_nb.slots.launch import Launcher, launcher
 from yadtq_nb.slots.memory import MemoryWatch, over_limit
 from yadtq_nb.slots.wire import GO_ON, HOLD, LEAVE, NO_OFFSET, Note, Order, Report, Setup
@@ -90,6 +90,8 @@ class Died(msgspec.Struct, frozen=True):
     read: bool = False
     #: Offset of the item of which it was only to say what it looks like.
     describes: int | None = None
+    #: The end of what the task has written that took too long.
+    log: bytes = b""
 
 
 class Described(msgspec.Struct, frozen=True):
@@ -251,7 +253,7 @@ class SlotPool:
             slot.describes = describe
             slot.kill_at = None if describe is None else time.monotonic() + _DESCRIBING
             slot.tasks += head.count - len(order.skip)
-            slot.log_start = size(slot.log)
+            slot.begin_log()
             slot.sending.acquire()
         if head.policy.timeout or describe is not None:
             self.wake()  # poll may sleep for longer than the task may take
@@ -522,6 +524,7 @@ class SlotPool:
                     memory=slot.used_memory or memory,
                     read=slot.reads(),
                     describes=slot.describes,
+                    log=b"" if late is None else slot.written_by(late),
                 )
             )
 
@@ -552,7 +555,7 @@ class SlotPool:
             self._logs_at = now + _LOG_EVERY
             self._end_spare(now)
             for slot in list(self._slots.values()):
-                bound(slot.log)
+                bound(slot)
 
     def _replace_spent(self) -> None:
         with self._lock:

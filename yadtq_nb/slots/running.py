@@ -11,7 +11,9 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
 from yadtq_nb import errors
-from yadtq_nb.model import BrokenItem, CallStyle, ErrorInfo
+from yadtq_nb.model import BrokenItem, CallStyle
+from yadtq_nb.slots import capture
+from yadtq_nb.slots.calls import apply
 from yadtq_nb.slots.outcomes import Outcomes, ours
 from yadtq_nb.slots.wire import LEAVE
 
@@ -28,16 +30,17 @@ def fail_broken(outcomes: Outcomes, first: int, items: Sequence[Any], todo: Sequ
         return todo
     broken = [offset for offset in todo if type(items[offset]) is BrokenItem]
     for offset in broken:
-        outcomes.failures[offset] = items[offset].info or _unsent(items[offset], first + offset)
+        outcomes.failures[offset] = items[offset].info or ours(unsent(items[offset], first + offset))
     outcomes.offsets = broken
     outcomes.values += [None] * len(broken)
     gone = set(broken)
     return [offset for offset in todo if offset not in gone]
 
 
-def _unsent(item: BrokenItem, index: int) -> ErrorInfo:
+def unsent(item: BrokenItem, index: int) -> errors.TaskError:
+    """Return the error of a task whose item could not be sent."""
     kind: type[errors.TaskError] = getattr(errors, item.error)
-    return ours(kind(f"the item of task {index} cannot be sent: {item.message}", index=index))
+    return kind(f"the item of task {index} cannot be sent: {item.message}", index=index)
 
 
 def run_each(
@@ -91,10 +94,11 @@ def run_together(
     waiting = iter(todo)
 
     async def attempt(offset: int) -> tuple[Any, BaseException | None]:
+        capture.current.set(offset)
         allowed = asyncio.timeout(limit)
         try:
             async with allowed:
-                return await _followed(_call(call, style, items[offset]), offset, progress), None
+                return await _followed(apply(call, style, items[offset]), offset, progress), None
         except BaseException as exc:  # also a cancellation that the task has brought on itself
             return None, outcomes.timeout(offset) if allowed.expired() else exc
 
@@ -126,17 +130,7 @@ def _steps(call: Callable[..., Any], style: CallStyle, items: Iterable[Any]) -> 
         return starmap(call, items).__next__
     if style == "part":
         return map(call, map(methodcaller("open"), items)).__next__
-    return map(functools.partial(_call, call, style), items).__next__
-
-
-def _call(call: Callable[..., Any], style: CallStyle, item: Any) -> Any:
-    if style == "item":
-        return call(item)
-    if style == "star":
-        return call(*item)
-    if style == "part":
-        return call(item.open())
-    return call(*item[0], **item[1])
+    return map(functools.partial(apply, call, style), items).__next__
 
 
 @types.coroutine

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import msgspec
 
@@ -26,9 +26,11 @@ from yadtq_nb import codec, errors, lending, needs, pending, source
 from yadtq_nb.model import BrokenItem, ChunkHead, Environment
 from yadtq_nb.salvage import Unreadable
 from yadtq_nb.slots import hints, processes, running, wire
+from yadtq_nb.slots.calls import Loaded, holds_bytecode, load_function
+from yadtq_nb.slots.capture import Capture
 from yadtq_nb.slots.outcomes import Outcomes, info
 from yadtq_nb.slots.show import shown
-from yadtq_nb.slots.supply import Supplies, named
+from yadtq_nb.slots.supply import Supplies, named, read
 from yadtq_nb.slots.wire import Order, Report, Setup
 
 if TYPE_CHECKING:
@@ -41,9 +43,6 @@ _PARK_AFTER: Final = 10
 #: Functions that a slot keeps.
 _FUNCTIONS: Final = 16
 
-#: What can be called, and the types of errors after which a task of it is tried again.
-_Loaded: TypeAlias = "tuple[Callable[..., Any], tuple[type[BaseException], ...]]"
-
 _decode_setup = msgspec.msgpack.Decoder(Setup).decode
 _decode_order = msgspec.msgpack.Decoder(Order).decode
 
@@ -51,17 +50,17 @@ _decode_order = msgspec.msgpack.Decoder(Order).decode
 class Slot:
     """Serves its socket until that closes."""
 
-    def __init__(self, sock: socket.socket, progress: memoryview) -> None:
-        self._sock, self._progress = sock, progress
+    def __init__(self, sock: socket.socket, progress: memoryview, capture: Capture) -> None:
+        self._sock, self._progress, self._capture = sock, progress, capture
         self._pid = os.getpid()
         self._setup = Setup(b"", "", "")
-        self._functions: dict[str, _Loaded] = {}
+        self._functions: dict[str, Loaded] = {}
         #: Those of them that bring classes of the notebook along.
         self._with_classes: set[str] = set()
         self._entered: Environment | None = None
         self._home = ""
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._reporter = Reporter(self._send)
+        self._reporter = Reporter(self._send, capture)
 
     def serve(self) -> NoReturn:
         """Run chunk after chunk; the process ends when the pool closes the socket."""
@@ -100,7 +99,8 @@ class Slot:
         todo: Sequence[int] = range(order.count)
         if skip:
             todo = [offset for offset in todo if offset not in skip]
-        outcomes = Outcomes(order, self._setup.node, self._setup.secret)
+        outcomes = Outcomes(order, self._setup.node, self._setup.secret, self._capture.take)
+        self._capture.begin(order.first, todo)
         try:
             head, (call, types), items = self._open(order, record)
         except BaseException as exc:
@@ -114,6 +114,7 @@ class Slot:
         if os.getpid() != self._pid:
             os._exit(0)  # a task has forked, and the child has come back: it must not speak for the slot
         pending.finish()  # once the chunk is told done, this slot may be replaced
+        self._capture.flush()  # what a task has put in the place of sys.stdout may hold something back
         self._reporter.finish(outcomes)
 
     def _run_tasks(
@@ -122,11 +123,12 @@ class Slot:
         outcomes.environment = head.environment
         runnable = running.fail_broken(outcomes, head.first, items, todo)
         if head.concurrent:
+            self._capture.run_together()
             running.run_together(self._event_loop(), call, head.style, items, runnable, self._progress, outcomes)
         else:
             running.run_each(call, head.style, items, runnable, self._progress, outcomes)
 
-    def _open(self, order: Order, record: bytearray) -> tuple[ChunkHead, _Loaded, Sequence[Any]]:
+    def _open(self, order: Order, record: bytearray) -> tuple[ChunkHead, Loaded, Sequence[Any]]:
         """Verify and unpickle a chunk, in the environment where it is to run."""
         head, function, arguments = codec.decode_chunk(self._setup.secret, record)
         if (head.job, head.number, head.first, head.count) != (order.job, order.number, order.first, order.count):
@@ -134,7 +136,7 @@ class Slot:
         if not 0 <= head.function_size <= len(function):
             raise errors.FormatError(f"chunk {head.id} is cut short within its function: send it again")
         self._enter(head.environment, order.tree)
-        supplies = Supplies(self._setup.secret, order.needs)
+        supplies = Supplies(self._setup.secret, functools.partial(read, order.needs))
         with _explained(head), needs.supplying(supplies.value):
             try:
                 call = self._function(head, function, order.function)
@@ -174,7 +176,7 @@ class Slot:
         self._home = source.enter(environment, tree, Path(self._setup.directory) / "trees")
         self._entered = environment
 
-    def _function(self, head: ChunkHead, inline: memoryview, path: str) -> _Loaded:
+    def _function(self, head: ChunkHead, inline: memoryview, path: str) -> Loaded:
         call = self._functions.get(head.function)
         if call is None:
             data = inline if head.function_size else self._blob(codec.FUNCTION, path, head.function)
@@ -215,8 +217,8 @@ class Slot:
 class Reporter:
     """Reports what a long chunk has, from a thread of its own, since a task may run for hours after a quick one."""
 
-    def __init__(self, send: Callable[[Report, bytes], None]) -> None:
-        self._send = send
+    def __init__(self, send: Callable[[Report, bytes], None], capture: Capture) -> None:
+        self._send, self._capture = send, capture
         self._lock = threading.Lock()
         self._wanted = threading.Event()
         self._parked = True
@@ -255,6 +257,7 @@ class Reporter:
                 if outcomes is not None and time.monotonic() - self._began > _REPORT_EVERY:
                     # What cannot be pickled now is left to the last report.
                     with contextlib.suppress(Exception):
+                        self._capture.flush_lines()
                         outcomes.report(self._send, last=False)
 
     def _park(self) -> None:
@@ -291,15 +294,14 @@ def _serve(sock: socket.socket, progress_fd: int, log: str) -> NoReturn:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a TextIOWrapper, in a process of ours
-    faulthandler.enable()  # a segfault tells where, and the pool shows it
     progress = memoryview(mmap.mmap(progress_fd, wire.PROGRESS_SIZE)).cast("I")
     os.close(progress_fd)
+    capture = Capture(progress, log)
+    faulthandler.enable()  # a segfault tells where, and the pool shows it
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, functools.partial(_leave_to_node, os.getpid(), progress))
     try:
-        Slot(sock, progress).serve()
+        Slot(sock, progress, capture).serve()
     except SystemExit:
         os._exit(128 + signal.SIGTERM)  # told to end: what lies below is the template's
 
@@ -339,12 +341,11 @@ def _broken(head: ChunkHead, offset: int, error: Exception) -> BrokenItem:
     return BrokenItem(index, "", info=info(error, head.environment))
 
 
-def _load_function(data: codec.Buffer, environment: Environment) -> _Loaded:
+def _load_function(data: codec.Buffer, environment: Environment) -> Loaded:
     trouble = hints.wrong_python(environment)
-    if trouble and b"_make_function" in bytes(data):
-        raise errors.FormatError(trouble)  # the interpreter may crash on another one's bytecode
-    function, fixed, *types = codec.loads(data)
-    return functools.partial(function, **fixed) if fixed else function, types[0] if types else ()
+    if trouble and holds_bytecode(data):
+        raise errors.FormatError(trouble)
+    return load_function(data)
 
 
 class _explained:  # noqa: N801  # reads as a verb where it is used

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any, Final
@@ -33,10 +34,10 @@ _decode = msgspec.msgpack.Decoder(list[Supply]).decode
 
 
 class Supplies:
-    """What one chunk needs, from its file; the file is read when the first is asked for."""
+    """What one chunk needs; it is loaded when the first is asked for."""
 
-    def __init__(self, secret: bytes, path: str) -> None:
-        self._secret, self._path = secret, path
+    def __init__(self, secret: bytes, load: Callable[[], list[Supply]]) -> None:
+        self._secret, self._load = secret, load
         self._jobs: dict[str, _Values] | None = None
 
     def value(self, job: str, index: int) -> Any:
@@ -46,12 +47,16 @@ class Supplies:
             DependencyError: there is none.
         """
         if self._jobs is None:
-            supplies = _decode(Path(self._path).read_bytes()) if self._path else []
-            self._jobs = {supply.job: _Values(self._secret, supply) for supply in supplies}
+            self._jobs = {supply.job: _Values(self._secret, supply) for supply in self._load()}
         values = self._jobs.get(job)
         if values is None:
             raise FormatError(f"an item needs job {job}, which its chunk does not name: send it again")
         return values.all() if index == WHOLE else values.one(index)
+
+
+def read(path: str) -> list[Supply]:
+    """Return what lies in the file that the node has written for a chunk; nothing where there is none."""
+    return _decode(Path(path).read_bytes()) if path else []
 
 
 class _Values:

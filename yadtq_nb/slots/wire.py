@@ -25,8 +25,13 @@ READING: Final = 0x80000000
 GO_ON: Final[int] = 0
 HOLD: Final[int] = 1
 LEAVE: Final[int] = 2
+#: The cell that says where in its log the chunk begins, or the task that has written there last.
+LOG_START: Final = 2
+#: The cell that says which: its offset, READING for the chunk, or ALONE where the chunk's only task is run.
+WRITER: Final = 3
+ALONE: Final = 0xFFFFFFFE
 #: Bytes of the memory that a slot shares with its pool.
-PROGRESS_SIZE: Final = 8
+PROGRESS_SIZE: Final = 16
 #: Longest Note, in bytes.
 NOTE_SIZE: Final = 8 * 1024
 

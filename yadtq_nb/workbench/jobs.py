@@ -516,6 +516,12 @@ class JobStore:
                 records = client.hmget(self._key(job, "in"), numbers[start : start + _PAGE])
             yield from (record for record in records if record is not None)
 
+    def input(self, job: str, number: int) -> bytes | None:
+        """Return the sealed record of one of a job's chunks, or None when it is not kept."""
+        with self._redis.use() as client:
+            record: bytes | None = client.hget(self._key(job, "in"), str(number))
+            return record
+
     def workers(self) -> list[WorkerView]:
         """Return the nodes that beat within the last day, live ones first."""
         with self._redis.use() as client:

@@ -8,6 +8,8 @@ from array import array
 from collections.abc import Sequence
 from typing import Final
 
+import msgspec
+
 from yadtq_nb import codec
 from yadtq_nb.errors import Crash, TaskError
 from yadtq_nb.model import WHOLE, Crashed, ErrorInfo, Lease, Segment
@@ -26,7 +28,14 @@ def outcome(secret: bytes, node: str, lease: Lease, offsets: list[int], item: st
     blamed = {offset: offset if offset in lease.crashes else WHOLE for offset in offsets}
     errors = {lease.head.first + o: _crashed(lease, lease.head.first + o, of, item) for o, of in blamed.items()}
     attempts = {lease.head.first + o: lease.crashes[of] for o, of in blamed.items()}
-    return _failed(secret, node, lease, offsets, errors, attempts)
+    # Of a death that is the whole chunk's nobody knows whose output it was: the last lines are in the error.
+    logs = {lease.head.first + o: log for o, of in blamed.items() if of != WHOLE and (log := _last_lines(lease, of))}
+    return _failed(secret, node, lease, offsets, errors, attempts, logs=logs)
+
+
+def _last_lines(lease: Lease, blamed: int) -> bytes:
+    stderr = next((death.stderr for death in reversed(lease.deaths.get(blamed, ())) if death.stderr), "")
+    return stderr.encode("utf-8", "replace")
 
 
 def _crashed(lease: Lease, index: int, blamed: int, item: str | None) -> ErrorInfo:
@@ -56,8 +65,12 @@ def _told(death: Crash) -> str:
     return f"{death.reason} on {death.host or 'a host that is not known any more'} (node {death.node}){most}"
 
 
-def late(secret: bytes, node: str, lease: Lease, offset: int) -> tuple[bytes, bytes]:
-    """Return states and frame of a task that took longer than its job allows, the last time that it was tried."""
+def late(secret: bytes, node: str, lease: Lease, offset: int, log: bytes) -> tuple[bytes, bytes]:
+    """Return states and frame of a task that took longer than its job allows, the last time that it was tried.
+
+    Args:
+        log: what it had written by then.
+    """
     index, limit = lease.head.first + offset, lease.head.policy.timeout
     message = "\n".join(
         (
@@ -68,7 +81,9 @@ def late(secret: bytes, node: str, lease: Lease, offset: int) -> tuple[bytes, by
     )
     error = ErrorInfo("yadtq_nb.TaskTimeoutError", message, "", ours="TaskTimeoutError")
     tried = lease.tries.get(offset, 0)
-    return _failed(secret, node, lease, [offset], {index: error}, {index: tried + 1} if tried else {}, [limit])
+    return _failed(
+        secret, node, lease, [offset], {index: error}, {index: tried + 1} if tried else {}, [limit], {index: log}
+    )
 
 
 def refusal(secret: bytes, node: str, lease: Lease, offsets: Sequence[int], error: TaskError) -> tuple[bytes, bytes]:
@@ -76,6 +91,12 @@ def refusal(secret: bytes, node: str, lease: Lease, offsets: Sequence[int], erro
     name = type(error).__name__
     info = ErrorInfo(f"yadtq_nb.{name}", str(error), "", ours=name)
     return _failed(secret, node, lease, offsets, {lease.head.first + offset: info for offset in offsets}, {})
+
+
+def without_logs(secret: bytes, frame: bytes) -> bytes:
+    """Return the sealed segment of outcomes without what their tasks have written."""
+    segment, values = codec.decode_segment(secret, frame)
+    return codec.encode_segment(secret, msgspec.structs.replace(segment, logs={}), [values])
 
 
 def _failed(
@@ -86,6 +107,7 @@ def _failed(
     errors: dict[int, ErrorInfo],
     attempts: dict[int, int],
     seconds: Sequence[float] = (),
+    logs: dict[int, bytes] = {},  # noqa: B006  # it is only read
 ) -> tuple[bytes, bytes]:
     count = len(offsets)
     states = b"F" * count
@@ -102,5 +124,6 @@ def _failed(
         seconds=array("d", seconds or [0.0] * count).tobytes(),
         worker=node,
         attempts=attempts,
+        logs={index: log for index, log in logs.items() if log},
     )
     return states, codec.encode_segment(secret, segment, codec.dumps([]))

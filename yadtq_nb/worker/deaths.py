@@ -72,7 +72,7 @@ class Deaths:
         if event.describes is not None:
             self.end(lease, [event.describes], None)
         elif event.ran and not event.told and event.timed_out is not None:
-            self._end_late(lease, event.timed_out)
+            self._end_late(lease, event.timed_out, event.log)
             return
         elif event.ran and not event.told:
             offset = event.offset
@@ -114,7 +114,7 @@ class Deaths:
         parts += [Part((o,), describe=True) for o in hopeless if o not in mute]
         return collections.deque(parts)
 
-    def _end_late(self, lease: Lease, offset: int) -> None:
+    def _end_late(self, lease: Lease, offset: int, log: bytes) -> None:
         """A task took too long: it fails, or is tried again; its chunk-mates go on elsewhere."""
         policy, tries = lease.head.policy, lease.tries.get(offset, 0)
         if policy.retry_timeouts and tries < policy.retries:
@@ -122,5 +122,5 @@ class Deaths:
             retry = Retry(offset, tries + 1, policy.delay(tries), note)
             self._later(lambda: self._bench.retry(lease, [retry]))
         else:
-            self._post(lease, [offset], *crash.late(self._config.key, self._node, lease, offset))
+            self._post(lease, [offset], *crash.late(self._config.key, self._node, lease, offset, log))
         self._later(lambda: self._bench.release(lease))

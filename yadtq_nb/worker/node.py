@@ -396,6 +396,9 @@ class Node:
         most = self._bench.too_large(len(event.frame))
         if most is None:
             return event.states, event.frame
+        bare = crash.without_logs(self._config.key, event.frame)
+        if len(bare) <= most:
+            return event.states, bare
         first, offsets = event.lease.head.first, list(event.offsets)
         error = TooLargeError(
             f"the results of tasks {first + offsets[0]} to {first + offsets[-1]} have {len(event.frame):,} bytes, more "
