@@ -188,3 +188,18 @@ def test_frames_go_out_by_group_row_and_block_and_come_back_as_frames(users: Sta
     assert "^GSPC" in shown.text("frame")
     assert shown.pictures() == 1
     assert shown.complaints() == []
+
+
+def test_errors_are_looked_at_and_only_what_failed_is_run_again(users: Stack, tmp_path: Path) -> None:
+    cells = cells_of("errors")
+    run(cells, tmp_path)
+    shown = Shown(cells)
+    assert re.search(r"ValueError .* 13\b", shown.text("grouped"))
+    assert "13 of 569 have failed" in shown.text("log")
+    assert "10 values, the smallest is 0.0" in shown.text("log")
+    assert "ValueError" in shown.text("log")
+    assert "13 tasks run again" in shown.text("retry")
+    assert "569 of 569" in shown.text("retry")
+    assert {line.split()[0] for line in shown.text("frame").splitlines()[2:]} == {"benign", "malignant"}
+    assert "669 values, 0 failures" in shown.text("extend")
+    assert shown.complaints() == []
