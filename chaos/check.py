@@ -190,10 +190,10 @@ def check_job(
         ok = zip(given, right, strict=True) if len(given) == len(right) else [("", "all of it")]
         if any(one != other and not (found.cancelled and one == "JobCancelledError") for one, other in ok):
             tally.wrong.append(f"{name}: a client was given something else")
-    _check_counters(tally, name, found, len(items), complete=whole and not missing)
+    _check_counters(tally, name, found, len(items), complete=whole and not missing, forgotten=bool(gone))
 
 
-def _check_counters(tally: Tally, name: str, found: Found, count: int, *, complete: bool) -> None:
+def _check_counters(tally: Tally, name: str, found: Found, count: int, *, complete: bool, forgotten: bool) -> None:
     pairs = {
         "outcomes counted and there": (found.succeeded + found.failed, len(found.outcomes)),
         "tasks fed and there": (found.fed, len(found.arrived)),
@@ -201,6 +201,8 @@ def _check_counters(tally: Tally, name: str, found: Found, count: int, *, comple
         "ended": (found.ended, complete),
         "total": (found.total if found.sealed or found.ended else count, count),
     }
+    if forgotten:
+        del pairs["ended"]  # it may be known by now that the rest is lost
     if found.cancelled:
         pairs = {what: pairs[what] for what in ("outcomes counted and there",)}
     tally.odd += [f"{name}: {what}: {a} and {b}" for what, (a, b) in pairs.items() if a != b]

@@ -201,7 +201,7 @@ def flaky(rng: random.Random) -> list[Item]:
 
 
 # Longer than anybody is frozen: only what is late on purpose is to be late.
-@shape(chunksize=5, timeout=12.0)
+@shape(chunksize=5, timeout=12.0, max_crashes=50)
 def late(rng: random.Random) -> list[Item]:
     doomed = rng.randrange(10)
     return [(i, 120.0 if i == doomed else 0.01, "late" if i == doomed else "", b"") for i in range(10)]
@@ -212,7 +212,8 @@ def urgent(rng: random.Random) -> list[Item]:
     return [(i, rng.uniform(0.0, 0.02), "", b"") for i in range(60)]
 
 
-@shape("below", chunksize=1)
+# A server may be away for longer than what a task calls waits.
+@shape("below", chunksize=1, retries=50, backoff=0.2, max_delay=2.0, retry_on=(WorkbenchError, BacklogError))
 def below(_: random.Random) -> list[Item]:
     return [(i, 0.0, "", b"") for i in range(4)]
 

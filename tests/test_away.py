@@ -11,6 +11,7 @@ import pytest
 import redis
 
 from yadtq_nb import LocalCluster
+from yadtq_nb.model import Lane
 
 
 @pytest.fixture
@@ -57,3 +58,14 @@ def test_job_is_not_incomplete_to_the_client_that_sends_it_though_the_queue_was_
             store.delete(f"{{yadtq:{cluster.queue().name}}}:job:{job.id}:sending")
     store.close()
     assert job.results(timeout=10) == list(range(40))
+
+
+@pytest.mark.parametrize("lane", ["normal", "low"])
+def test_what_is_sent_first_waits_for_a_store_that_is_away_for_a_moment(lane: Lane) -> None:
+    with LocalCluster(slots=1, workers=1) as cluster, cluster.queue() as queue:
+        link = queue._link()
+        cluster.kill_store()
+        back = threading.Timer(1.5, cluster.restart_store)
+        back.start()
+        assert link.publisher(lane).topic.partitions > 0
+        back.join()

@@ -98,11 +98,13 @@ class Publisher:
         lane: Lane = "normal",
         *,
         fed: Callable[[], Mapping[int, Fed]] | None = None,
+        seen: Mapping[int, Fed] | None = None,
     ) -> None:
         """Connect, and make the queue's topics if they are missing.
 
         Args:
             fed: tells how far each partition has been fed; given by a client, which sends what was lost before that.
+            seen: what it has told just now.
 
         Raises:
             BacklogError: Kafka cannot be reached or refuses.
@@ -125,7 +127,7 @@ class Publisher:
         self._broken = threading.Event()
         self._closing = threading.Event()
         self._topics = Topics(config, queue, lane)
-        self._start(self._topics.ensure())
+        self._start(self._topics.ensure(), seen or {})
         self._thread = threading.Thread(target=self._hear, name=f"yadtq-publisher-{queue}", daemon=True)
         self._thread.start()
 
@@ -276,10 +278,10 @@ class Publisher:
 
     # The producer, and its successor.
 
-    def _start(self, topic: Topic) -> None:
+    def _start(self, topic: Topic, fed: Mapping[int, Fed]) -> None:
         self._topic = topic
-        if self._forgets and self._fed is not None:
-            self._floor = {p: cursor.offset for p, cursor in self._fed().items() if cursor.topic_id == topic.id}
+        if self._forgets:
+            self._floor = {p: cursor.offset for p, cursor in fed.items() if cursor.topic_id == topic.id}
         self._partitions = itertools.cycle(range(topic.partitions))
         with translate_kafka_errors(self._config):
             self._producer = Producer(
@@ -356,7 +358,8 @@ class Publisher:
         """Put a new producer in the place of one that cannot go on, and send again what was not acknowledged."""
         self._give_up_late()
         try:
-            self._start(self._topics.ensure())
+            fed = self._fed() if self._fed is not None else {}
+            self._start(self._topics.ensure(), fed)
         except YadtqError as exc:
             log.warning("Kafka or Redis is away: %s", exc)
             self._closing.wait(_PAUSE)

@@ -78,9 +78,9 @@ class Link:
         """Return who writes to a lane; it comes into use with the first call, and nodes are told so."""
         with self._lock:
             if lane not in self._publishers:
-                self._publishers[lane] = Publisher(
-                    self.config, self.queue, lane, fed=functools.partial(self.store.cursors, lane)
-                )
+                fed = functools.partial(self.store.cursors, lane)
+                seen = patiently(fed, PATIENCE)
+                self._publishers[lane] = Publisher(self.config, self.queue, lane, fed=fed, seen=seen)
                 if lane != "normal":
                     patiently(lambda: self.store.ring("lane"), PATIENCE)
             return self._publishers[lane]
