@@ -1124,6 +1124,24 @@ def test_job_is_opened_only_as_it_was_seen(bench: Bench) -> None:
     assert (record.failed, record.life, record.ended, record.sealed) == (0, 1, None, False)
 
 
+def test_tasks_that_are_about_to_be_sent_again_are_not_called_lost(bench: Bench) -> None:
+    quick = Workbench(msgspec.structs.replace(bench.config, doubt=0.1), bench.queue, "a")
+    (lease,) = bench.feed(bench.head(0, 2), free=1)
+    bench.store.seal(Seal("job", 2, {f"{TOPIC}/0": 1}))
+    bench.finish("a", lease, b"SF")
+    opened(bench, void=[("0.0", b"10", 1)], whole=True)
+    until = time.monotonic() + 2.5  # reap looks for them once a second
+    while time.monotonic() < until:
+        quick.reap()
+        time.sleep(0.05)
+    record = bench.store.record("job")
+    assert record is not None
+    assert record.ended is None
+    bench.store.seal(Seal("job", 2, {f"{TOPIC}/0": 1}, life=1))
+    wait_until(lambda: quick.reap() is not None and (bench.store.record("job") or record).cancel == "lost")
+    quick.close()
+
+
 def test_seal_of_an_earlier_life_comes_too_late(bench: Bench) -> None:
     (lease,) = bench.feed(bench.head(0, 2), free=1)
     bench.store.seal(Seal("job", 2))
