@@ -1128,8 +1128,9 @@ def test_tasks_that_are_about_to_be_sent_again_are_not_called_lost(bench: Bench)
     quick = Workbench(msgspec.structs.replace(bench.config, doubt=0.1), bench.queue, "a")
     (lease,) = bench.feed(bench.head(0, 2), free=1)
     bench.store.seal(Seal("job", 2, {f"{TOPIC}/0": 1}))
-    bench.finish("a", lease, b"SF")
-    opened(bench, void=[("0.0", b"10", 1)], whole=True)
+    bench.finish("a", lease, b"F")
+    opened(bench, void=[("0.0", b"0", 1)], replaced=[0])
+    bench.finish("a", lease, b"S", first=1)
     until = time.monotonic() + 2.5  # reap looks for them once a second
     while time.monotonic() < until:
         quick.reap()
