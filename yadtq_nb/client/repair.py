@@ -5,6 +5,7 @@ outcomes ─▶ which tasks ─▶ which records hold them ─▶ another life o
 
 from __future__ import annotations
 
+import contextlib
 from array import array
 from collections.abc import Iterator
 from typing import Final, Protocol
@@ -18,7 +19,7 @@ from yadtq_nb.client.board import Outcomes
 from yadtq_nb.client.inbox import PATIENCE, Inbox, is_incomplete
 from yadtq_nb.client.sender import FLUSH, Mailer, Packet
 from yadtq_nb.config import Config
-from yadtq_nb.errors import BacklogError, CodecError, JobError, JobNotFoundError
+from yadtq_nb.errors import BacklogError, CodecError, JobError, JobNotFoundError, WorkbenchError
 from yadtq_nb.model import LIFE, ChunkHead, Lane, Reopen, Seal
 from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobRecord, JobStore
@@ -103,7 +104,8 @@ def retry(link: Link, job: str, name: str, fixed: Packet | None) -> int:
                 return _send(link, seen, life, places, fixed)
         finally:
             link.inbox.sent(job)
-            link.store.stop_sending(job)
+            with contextlib.suppress(WorkbenchError):  # the queue will see by itself
+                link.store.stop_sending(job)
     raise JobError(f"job {name!r} changes while it is looked at: try again", job=name)
 
 
