@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import socket
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import pytest
 
@@ -13,6 +13,7 @@ from yadtq_nb import codec, journal
 from yadtq_nb.client.board import Outcomes
 from yadtq_nb.errors import CodecError
 from yadtq_nb.model import ChunkHead, Environment, Manifest, Seal, Segment
+from yadtq_nb.slots.capture import Capture
 from yadtq_nb.slots.slot import Slot
 from yadtq_nb.slots.wire import PROGRESS_SIZE, Order, Setup
 from yadtq_nb.workbench.jobs import Stored
@@ -111,7 +112,8 @@ def mutate(data: bytes, others: list[bytes], chance: random.Random) -> bytes:
 def open_in_slot() -> Iterator[Callable[[bytes], object]]:
     """Open a record as a slot does, which verifies it and unpickles it then."""
     ours, theirs = socket.socketpair()
-    slot = Slot(theirs, memoryview(bytearray(PROGRESS_SIZE)).cast("I"))
+    nothing_is_run = cast("Capture", None)
+    slot = Slot(theirs, memoryview(bytearray(PROGRESS_SIZE)).cast("I"), nothing_is_run)
     slot._setup = Setup(SECRET, "node", "/nowhere")
     slot._enter = lambda *_: None  # type: ignore[method-assign]  # this process stays where it is
     order = Order("job", 3, 30, 2, (), {}, "", "", "")

@@ -555,7 +555,8 @@ class SlotPool:
             self._logs_at = now + _LOG_EVERY
             self._end_spare(now)
             for slot in list(self._slots.values()):
-                bound(slot)
+                with self._lock:  # a chunk that begins meanwhile must find the end of its log where it is then
+                    bound(slot)
 
     def _replace_spent(self) -> None:
         with self._lock:
