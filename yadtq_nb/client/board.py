@@ -66,16 +66,16 @@ class Outcomes:
             self._mask = bytes(ord("1") if count else ord("0") for count in fresh)
         return any(fresh)
 
-    def keep_successes(self) -> bool:
-        """Have what has failed count no more; returns whether there was such an outcome."""
+    def keep_successes(self) -> bytes:
+        """Have what has failed count no more; returns the mask from now on, or nothing when all have succeeded."""
         counted, states = set(self.indices()), self.segment.states
         good = [
             index in counted and code == _SUCCEEDED for index, code in zip(self.segment.indices(), states, strict=True)
         ]
         if sum(good) == len(counted):
-            return False
+            return b""
         self._mask = bytes(ord("1") if count else ord("0") for count in good)
-        return True
+        return self._mask
 
     def is_consecutive_success(self) -> bool:
         """Tell whether all tasks from first on succeeded and count: then values() is a slice of the results."""

@@ -111,27 +111,21 @@ def retry(link: Link, job: str, name: str, fixed: Packet | None) -> int:
 
 def _unsuccessful(link: Link, seen: JobRecord) -> Again:
     """Look through all outcomes. Their values are not unpickled."""
-    good, failed = bytearray(max(0, seen.total)), []
+    good, failed = bytearray(max(0, seen.total)), list[int]()
     void = []
     for stored in link.store.outcomes(seen.id, link.store.fields(seen.id)):
         try:
             outcomes = Outcomes(link.key, seen.id, stored)
         except CodecError:
             continue  # as if it were not there: these tasks are lost
-        counted, segment = set(outcomes.indices()), outcomes.segment
-        mask = bytearray(b"0" * len(segment.states))
-        bad = 0
-        for position, (index, code) in enumerate(zip(segment.indices(), segment.states, strict=True)):
-            if index not in counted:
-                continue
-            if code == ord("S"):
-                mask[position] = ord("1")
-                good[index] = 1
-            else:
-                failed.append(index)
-                bad += 1
-        if bad:
-            void.append((stored.field, bytes(mask), bad))
+        counted = set(outcomes.indices())
+        mask = outcomes.keep_successes()
+        for index in outcomes.indices():
+            good[index] = 1
+        if mask:
+            bad = counted.difference(outcomes.indices())
+            failed += bad
+            void.append((stored.field, mask, len(bad)))
     if seen.ended is None:
         return Again(sorted(failed), void)
     return Again([index for index, done in enumerate(good) if not done], void)
@@ -147,7 +141,7 @@ class _Places(msgspec.Struct):
 
 def _places(link: Link, seen: JobRecord, wanted: list[int]) -> _Places:
     """Find the newest record of each task. What has none stays lost."""
-    spans = {number: (first, count, True) for number, first, count in _spans(link, seen)}
+    spans = {number: (first, count, True) for number, first, count in link.store.spans(seen.id)}
     if seen.cancel:
         # Not all that was sent has been fed.
         for head, _ in _logged(link, seen):
@@ -163,13 +157,6 @@ def _places(link: Link, seen: JobRecord, wanted: list[int]) -> _Places:
             missing[first : first + count] = bytes(count)
             (places.kept if kept else places.logged)[number] = bytes(ord("0") if want else ord("1") for want in part)
     return places
-
-
-def _spans(link: Link, seen: JobRecord) -> Iterator[tuple[int, int, int]]:
-    for record in link.store.inputs(seen.id):
-        head = _head(link, seen, record)
-        if head is not None:
-            yield head.number, head.first, head.count
 
 
 def _logged(link: Link, seen: JobRecord) -> Iterator[tuple[ChunkHead, bytes]]:
@@ -250,8 +237,8 @@ def recorded(link: Link, seen: JobRecord) -> Packet:
     Raises:
         JobError: no record of it is kept.
     """
-    spans = sorted(_spans(link, seen), reverse=True)
-    record = next(link.store.inputs(seen.id, [spans[0][0]]), None) if spans else None
+    spans = link.store.spans(seen.id)
+    record = next(link.store.inputs(seen.id, [max(spans)[0]]), None) if spans else None
     if record is None and seen.total > 0:  # nothing has been fed yet
         record = next((record for _, record in _logged(link, seen)), None)
     if record is None:
