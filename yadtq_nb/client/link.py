@@ -277,18 +277,7 @@ class Link:
             self.mailer.seal(Seal(packet.job, 0), PATIENCE)
             board.end()
             return job
-        sender = Sender(
-            packet,
-            items,
-            total=total,
-            chunksize=chunksize,
-            mailer=self.mailer,
-            inbox=self.inbox,
-            store=self.store,
-            board=board,
-            slots=self.slots,
-        )
-        self._start_sending(sender)
+        self._start_sending(packet, items, board, total=total, chunksize=chunksize)
         return job
 
     def post_one(self, packet: Packet, item: Any) -> Job:
@@ -401,22 +390,8 @@ class Link:
             life = self._reopen_for(len(items), seen)
         total = seen.total + len(items)
         self.mailer.send_safely(Reopen(job, life, 0, total))
-        self._start_sending(
-            Sender(
-                packet,
-                items,
-                total=total,
-                chunksize=None,
-                mailer=self.mailer,
-                inbox=self.inbox,
-                store=self.store,
-                board=board,
-                slots=self.slots,
-                first=seen.total,
-                life=life,
-                ends=patiently(lambda: self.store.ends(job), PATIENCE),
-            )
-        )
+        ends = patiently(lambda: self.store.ends(job), PATIENCE)
+        self._start_sending(packet, items, board, total=total, first=seen.total, life=life, ends=ends)
         return total
 
     def _reopen_for(self, more: int, seen: JobRecord) -> int:
@@ -424,7 +399,32 @@ class Link:
             raise JobError(f"job {seen.name!r} was ended before its time: map the items anew", job=seen.name)
         return patiently(lambda: self.store.reopen(seen, total=seen.total + more), PATIENCE)
 
-    def _start_sending(self, sender: Sender) -> None:
+    def _start_sending(
+        self,
+        packet: Packet,
+        items: list[Any] | Iterator[Any],
+        board: Board,
+        *,
+        total: int | None,
+        chunksize: int | None = None,
+        first: int = 0,
+        life: int = 0,
+        ends: dict[str, int] | None = None,
+    ) -> None:
+        sender = Sender(
+            packet,
+            items,
+            total=total,
+            chunksize=chunksize,
+            mailer=self.mailer,
+            inbox=self.inbox,
+            store=self.store,
+            board=board,
+            slots=self.slots,
+            first=first,
+            life=life,
+            ends=ends,
+        )
         self._senders = [other for other in self._senders if not other.finished.is_set()]
         self._senders.append(sender)
         sender.start()
