@@ -83,15 +83,19 @@ def test_interrupted_results_leave_the_job_running(queue: Queue, start_script: S
     gate = tmp_path / "gate"
     program = start_script(
         """
-        import time
+        import threading, time, traceback
         from pathlib import Path
         def wait_for_file(path):
             while not Path(path).exists():
                 time.sleep(0.01)
             return path
-        job = queue.map(wait_for_file, [sys.argv[1]], name="interrupted")
-        try:
+        def tell_when_it_waits(thread=threading.get_ident()):
+            while "results" not in [frame.name for frame in traceback.extract_stack(sys._current_frames()[thread])]:
+                time.sleep(0.01)
             print("waits", flush=True)
+        job = queue.map(wait_for_file, [sys.argv[1]], name="interrupted")
+        threading.Thread(target=tell_when_it_waits).start()
+        try:
             job.results(30)
         except KeyboardInterrupt as exc:
             print(type(exc).__name__, job.state, queue.submit(abs, -1).result(30), exc, flush=True)

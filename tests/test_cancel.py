@@ -143,7 +143,8 @@ def test_chunks_that_still_lie_in_kafka_never_start(make_cluster: MakeCluster, t
 
 def test_deadline_ends_a_job_with_what_it_has(cluster: LocalCluster) -> None:
     queue = cluster.queue()
-    job = queue.map(lambda x: time.sleep(60 if x else 0), range(2), chunksize=1, deadline=5)
+    assert queue.submit(abs, -1).result(LIMIT) == 1  # a node has the queue: what follows takes no time
+    job = queue.map(lambda x: time.sleep(60 if x else 0), range(2), chunksize=1, deadline=8)
     single = queue.options(deadline=5).submit(time.sleep, 60)
     with pytest.raises(JobTimeoutError, match="deadline"):
         job.results(LIMIT)
