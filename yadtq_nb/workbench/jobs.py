@@ -557,11 +557,12 @@ class JobStore:
         Returns:
             The new position, the news, and whether some were missed: then compare with the outcomes.
         """
-        with self._redis.use() as client:
-            reply = client.xread({self._redis.key("news"): position}, count=1000, block=max(1, int(timeout * 1000)))
+        block = max(1, int(timeout * 1000))
+        news = self._redis.key("news")
+        reply = self._redis.send("XREAD", "COUNT", 1000, "BLOCK", block, "STREAMS", news, position)
         if not reply:
             return position, [], False
-        entries = reply[0][1]
+        entries = [(at, dict(zip(fields[::2], fields[1::2], strict=True))) for at, fields in reply[0][1]]
         expected, self._seq = self._seq + 1, int(entries[-1][1][b"q"])
         missed = int(entries[0][1][b"q"]) != expected or self._seq != expected + len(entries) - 1
         return entries[-1][0].decode(), [_news(fields) for _, fields in entries], missed
