@@ -38,6 +38,7 @@ SEGMENT: Final = b"s"
 FUNCTION: Final = b"f"
 TREE: Final = b"t"
 ARGUMENTS: Final = b"a"
+WRITTEN: Final = b"w"
 
 _MAGIC: Final = b"YQ"
 _VERSION: Final = 1

@@ -400,6 +400,17 @@ class Progress(msgspec.Struct, frozen=True):
         return self.succeeded + self.failed + self.cancelled
 
 
+class Written(msgspec.Struct, frozen=True, array_like=True):
+    """What tasks have written while somebody follows their job."""
+
+    job: str
+    #: Indices of the first and the last of those that ran meanwhile: the same where it can be told.
+    first: int
+    last: int
+    #: Whole lines, as a rule.
+    text: bytes
+
+
 class Retry(msgspec.Struct, frozen=True, array_like=True):
     """One task that has raised and is to be tried again."""
 

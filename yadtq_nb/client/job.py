@@ -645,6 +645,32 @@ class Job(Sequence[Future[Any]]):
 
         return follow(self, timeout)
 
+    def tail(self, timeout: float | None = None) -> bool:
+        """Print what the job's tasks write to stdout and stderr, line by line while they run, until the job has ended.
+
+        Each line begins with the index of its task, as in "[17] loading", or with several, as in "[40-43] loading",
+        where short tasks have run one after another in less than half a second, and with the whole chunk's where
+        coroutines run side by side. It begins with what the tasks that run now have written so far. What tasks write
+        faster than it can be read is left out, and said so: job[17].log has the end of all of it, by task, afterwards.
+        Of a job that has ended nothing is printed but that.
+
+        Ctrl-C ends the following, and the job goes on. Also in several notebooks at a time.
+
+        Args:
+            timeout: seconds to follow at most; None for no limit.
+
+        Returns:
+            True when the job has ended, False when that was not so in time.
+
+        Raises:
+            JobInterrupt: Ctrl-C, or the kernel was interrupted.
+            QueueClosedError: the queue was closed in this process meanwhile.
+            SignatureError: what was written is not signed with this queue's secret.
+        """
+        from yadtq_nb.client.tail import tail
+
+        return tail(self, timeout)
+
     def _ipython_display_(self) -> None:
         from yadtq_nb.notebook.live import display_job
 

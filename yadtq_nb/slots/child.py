@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Final
 
 from yadtq_nb import source
-from yadtq_nb.model import Environment, Lease
+from yadtq_nb.model import ChunkHead, Environment, Lease, Written
 from yadtq_nb.slots import wire
 from yadtq_nb.slots.capture import CUT, KEPT, read_end
+from yadtq_nb.slots.growth import Growth
 from yadtq_nb.slots.launch import shared_memory
 from yadtq_nb.slots.wire import ALONE, LOG_START, NO_OFFSET, READING, WRITER
 
@@ -58,6 +59,7 @@ class Child:
         self.tasks = 0
         #: When it was last given a chunk, or made, on the monotonic clock.
         self.used = time.monotonic()
+        self.growth = Growth(log)
 
     def handed_over(self) -> None:
         """Close the child's ends here."""
@@ -80,9 +82,14 @@ class Child:
             self.seen, self.seen_at = offset, now
         return offset is not None
 
-    def begin_log(self) -> None:
-        """Note that what is written from now on belongs to the next chunk."""
+    def begin_log(self, head: ChunkHead, skip: frozenset[int]) -> None:
+        """Note that what is written from now on belongs to that chunk, whose offsets in skip are not run."""
         self.progress[LOG_START], self.progress[WRITER] = min(size(self.log), 0xFFFFFFFF), READING
+        self.growth.begin(self.progress[LOG_START], head, skip)
+
+    def grown(self, jobs: frozenset[str], most: int) -> list[Written]:
+        """Return what chunks of these jobs have written since the last time; see Growth.take."""
+        return self.growth.take(jobs, self.offset, most, done=self.lease is None)
 
     def written(self, most: int = KEPT) -> bytes:
         """Return the end of what was written since its chunk began, or since the task that runs began to write."""
@@ -140,5 +147,7 @@ def bound(slot: Child) -> None:
             file.seek(0)
             file.write(CUT + kept)
             file.truncate()
-            start = slot.progress[LOG_START] - (end - len(CUT) - len(kept))
+            gone = end - len(CUT) - len(kept)
+            slot.growth.cut(gone)
+            start = slot.progress[LOG_START] - gone
             slot.progress[LOG_START] = start if start > len(CUT) else 0

@@ -28,9 +28,10 @@ from typing import Final, TypeAlias
 
 import msgspec
 
-from yadtq_nb.model import WHOLE, Environment, Lease, Retry
+from yadtq_nb.model import WHOLE, Environment, Lease, Retry, Written
 from yadtq_nb.slots import processes, wire
 from yadtq_nb.slots.child import Child, bound, tail
+from yadtq_nb.slots.growth import MOST as GROWN
 from yadtq_nb.slots.launch import Launcher, launcher
 from yadtq_nb.slots.memory import MemoryWatch, over_limit
 from yadtq_nb.slots.wire import GO_ON, HOLD, LEAVE, NO_OFFSET, Note, Order, Report, Setup
@@ -44,6 +45,9 @@ _DESCRIBING: Final = 5.0
 #: A template that lives for less is started again with growing delay, in seconds.
 _SHORT_LIFE: Final = 1.0
 _LONGEST_DELAY: Final = 5.0
+#: Bytes of what all slots have written that are told at a time, and of one slot's at least.
+_TOLD: Final = 256 * 1024
+_LEAST_TOLD: Final = 2 * 1024
 #: Seconds for which a slot is kept that was there in place of a lent one.
 _SPARE: Final = 5.0
 
@@ -148,6 +152,9 @@ class SlotPool:
         #: Seconds until tasks that may take only so long are looked at again.
         self._look = _LOG_EVERY
         self._stopped = False
+        #: Jobs whose tasks' words are asked for, and what slots wrote that have ended since.
+        self._followed: frozenset[str] = frozenset()
+        self._last_words: list[Written] = []
         self._woken, self._waker = os.pipe()
         os.set_blocking(self._woken, False)
         os.set_blocking(self._waker, False)
@@ -253,7 +260,7 @@ class SlotPool:
             slot.describes = describe
             slot.kill_at = None if describe is None else time.monotonic() + _DESCRIBING
             slot.tasks += head.count - len(order.skip)
-            slot.begin_log()
+            slot.begin_log(head, skipped)
             slot.sending.acquire()
         if head.policy.timeout or describe is not None:
             self.wake()  # poll may sleep for longer than the task may take
@@ -319,6 +326,17 @@ class SlotPool:
                 if slot.lease and not slot.lease.head.concurrent and slot.look(now) and slot.seen is not None
             ]
         return sorted(found, key=lambda task: -task[2])[:limit]
+
+    def grown(self, jobs: frozenset[str]) -> list[Written]:
+        """Return what tasks of these jobs have written since the last call. Thread-safe.
+
+        What was written before the first call, or before a pause of some seconds, is left out, but of what still runs.
+        """
+        with self._lock:
+            left, self._last_words = self._last_words, []
+            self._followed = jobs
+            most = max(_LEAST_TOLD, min(GROWN, _TOLD // max(1, len(self._slots))))
+            return left + [written for slot in self._slots.values() for written in slot.grown(jobs, most)]
 
     def kill(self, chunk_id: str) -> None:
         """SIGKILL the slot that runs a chunk, with its process group; poll then tells Died. Thread-safe."""
@@ -510,6 +528,8 @@ class SlotPool:
         with self._lock:
             self._slots.pop(slot.serial, None)
             self._retire(slot)
+            if self._followed:
+                self._last_words += slot.grown(self._followed, _LEAST_TOLD)
             offset, late = (slot.offset(), slot.timed_out) if slot.lease else (None, None)
             if slot.used_memory:
                 reason = over_limit(self._memory_limit or 0, slot.used_memory)

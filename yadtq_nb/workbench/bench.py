@@ -11,7 +11,7 @@ import msgspec
 from yadtq_nb import codec
 from yadtq_nb.config import Config
 from yadtq_nb.errors import CodecError, Crash, FormatError, WorkbenchError
-from yadtq_nb.model import ChunkHead, Environment, Lane, Lease, Retry, WorkerInfo
+from yadtq_nb.model import ChunkHead, Environment, Lane, Lease, Retry, WorkerInfo, Written
 from yadtq_nb.workbench.connection import ALWAYS_FITS, Connection
 
 #: A chunk that cannot be read is left to lapse this often, in case another node knows more; then its tasks end.
@@ -19,6 +19,10 @@ _PATIENT: Final = 2
 
 #: Blobs up to this size are told with the news, so that a client needs no second round trip; in bytes.
 _INLINE: Final = 2048
+
+#: Messages of what a job's tasks write that are kept for those who follow it, and for how many seconds.
+_TOLD: Final = 100
+TOLD_FOR: Final = 60
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +89,8 @@ class Heard(msgspec.Struct, frozen=True):
     ready: int
     #: Id of a chunk -> offsets of its tasks that were cancelled.
     dropped: dict[str, list[int]] = {}
+    #: Jobs of which somebody wants to see what their tasks write.
+    followed: frozenset[str] = frozenset()
 
 
 class NotLiveError(Exception):
@@ -294,7 +300,7 @@ class Workbench:
             WorkbenchError: Redis cannot be reached.
         """
         named = [[lease.head.id, str(lease.token), offset] for lease, offset in leases]
-        lost, marks, ready, dropped = self._redis.call(
+        lost, marks, ready, dropped, followed = self._redis.call(
             "beat",
             self._node,
             _pack(info),
@@ -306,7 +312,8 @@ class Workbench:
             Share(lane.decode(), int(p), Cursor.parse(cursor), Cursor.parse(low)) for lane, p, cursor, low in marks
         ]
         cancelled = {id.decode(): list(map(int, offsets)) for id, offsets in dropped}
-        return Heard([id.decode() for id in lost], shares, int(ready), cancelled)
+        followed = frozenset(job.decode() for job in followed)
+        return Heard([id.decode() for id in lost], shares, int(ready), cancelled, followed)
 
     def reap(self, dead: str = "") -> list[tuple[str, str]]:
         """Return chunks of lapsed leases to the line: (chunk, node that had it). dead: a node known to be gone.
@@ -360,7 +367,7 @@ class Workbench:
 
         Returns:
             The new position, and why it rang: "tasks" to be fed; "ready" to be taken; "cancel" when a beat tells what
-            is to be stopped; "lane" when another lane has come into use.
+            is to be stopped; "lane" when another lane has come into use; "follow" when a beat tells which jobs are.
 
         Raises:
             WorkbenchError: Redis cannot be reached.
@@ -371,6 +378,24 @@ class Workbench:
             return position, frozenset()
         entries = rung[0][1]
         return str(entries[-1][0].decode()), frozenset(fields[b"k"].decode() for _, fields in entries)
+
+    def tell(self, written: Sequence[Written]) -> None:
+        """Send what tasks have written to those who follow their jobs.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached or is full.
+        """
+        by_job: dict[str, list[Written]] = {}
+        for one in written:
+            by_job.setdefault(one.job, []).append(one)
+        with self._redis.use() as client:
+            pipe = client.pipeline(transaction=False)
+            for job, found in by_job.items():
+                stream = self._redis.key("job", job, "written")
+                # Numbered one by one, so that whoever reads too slowly sees that something is missing.
+                pipe.xadd(stream, {"b": codec.seal(self._config.key, codec.WRITTEN, _pack(found))}, "0-*", maxlen=_TOLD)
+                pipe.expire(stream, TOLD_FOR)
+            pipe.execute()
 
     def blob(self, name: str) -> bytes | None:
         """Fetch a function or source tree by its content hash, or arguments by reference."""

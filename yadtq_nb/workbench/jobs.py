@@ -13,8 +13,8 @@ import msgspec
 from yadtq_nb import codec
 from yadtq_nb.config import Config
 from yadtq_nb.errors import JobNotFoundError, SignatureError, TooLargeError
-from yadtq_nb.model import CallStyle, Cancel, Lane, Manifest, Reopen, Seal, WorkerInfo, WorkerView
-from yadtq_nb.workbench.bench import Cursor
+from yadtq_nb.model import CallStyle, Cancel, Lane, Manifest, Reopen, Seal, WorkerInfo, WorkerView, Written
+from yadtq_nb.workbench.bench import TOLD_FOR, Cursor
 from yadtq_nb.workbench.connection import ALWAYS_FITS, Connection
 
 #: Number, first index and count of a chunk, as feed notes them.
@@ -28,10 +28,13 @@ _LARGE: Final = 1024 * 1024
 _AT_ONCE: Final = 4 * 1024 * 1024
 #: Seconds after which a sender that has said nothing counts as gone.
 SENDER_LEASE: Final = 10.0
+#: Seconds after which somebody who follows a job, and has not said so again, does no more.
+_FOLLOWED: Final = 10.0
 _SAY_SENDING: Final = "#!lua flags=allow-oom\nreturn redis.call('SET', KEYS[1], 1, 'PX', ARGV[1])"
 
 _pack = msgspec.msgpack.Encoder().encode
 _decode_info = msgspec.msgpack.Decoder(WorkerInfo).decode
+_decode_written = msgspec.msgpack.Decoder(list[Written]).decode
 
 
 class JobRecord(msgspec.Struct, frozen=True):
@@ -375,8 +378,8 @@ class JobStore:
             seconds, micros = client.time()
         return float(seconds + micros / 1e6)
 
-    def ring(self, why: Literal["tasks", "lane"] = "tasks") -> None:
-        """Wake feeders that do not wait at Kafka, or have nodes look for a lane that has come into use."""
+    def ring(self, why: Literal["tasks", "lane", "follow"] = "tasks") -> None:
+        """Wake feeders that do not wait at Kafka, or have nodes look for what else there is that is new."""
         with self._redis.use() as client:
             client.xadd(self._redis.key("bell"), {"k": why}, maxlen=64, approximate=True)
 
@@ -567,12 +570,43 @@ class JobStore:
         missed = int(entries[0][1][b"q"]) != expected or self._seq != expected + len(entries) - 1
         return entries[-1][0].decode(), [_news(fields) for _, fields in entries], missed
 
+    def follow(self, job: str) -> str:
+        """Ask nodes to send what the job's tasks write, for the next seconds, and return where that is now."""
+        followed, written = self._redis.key("followed"), self._key(job, "written")
+        until = self.now() + _FOLLOWED
+        with self._redis.use() as client:
+            pipe = client.pipeline(transaction=False).zadd(followed, {job: until})
+            pipe.expire(followed, TOLD_FOR).expire(written, TOLD_FOR).xrevrange(written, count=1)
+            *_, last = pipe.execute()
+        return str(last[0][0].decode()) if last else "0-0"
+
+    def written(self, job: str, position: str, timeout: float) -> tuple[str, list[Written], bool]:
+        """Block until tasks of a job have written something after position, or timeout seconds.
+
+        Returns:
+            The new position, what was written, and whether something before it was missed.
+        """
+        block, stream = max(1, int(timeout * 1000)), self._key(job, "written")
+        reply = self._redis.send("XREAD", "BLOCK", block, "STREAMS", stream, position)
+        if not reply:
+            return position, [], False
+        entries = reply[0][1]
+        found: list[Written] = []
+        for _, (_, frame) in entries:
+            found += _decode_written(codec.unseal(self._config.key, codec.WRITTEN, frame))
+        missed = _number(entries[0][0]) != _number(position.encode()) + 1
+        return entries[-1][0].decode(), found, missed
+
     def _key(self, job: str, part: str = "") -> str:
         return self._redis.key("job", job, part) if part else self._redis.key("job", job)
 
     def close(self) -> None:
         """Close the connection."""
         self._redis.close()
+
+
+def _number(position: bytes) -> int:
+    return int(position.partition(b"-")[2])
 
 
 def _news(fields: dict[bytes, bytes]) -> News:

@@ -6,6 +6,7 @@
     feeder   Kafka ─▶ feed ─▶ slots                                Kafka, Redis
     heart    beat, renew, reap                                     Redis, events
     bell     blocks until there may be work ─▶ wakes the others    Redis
+    teller   what tasks write ─▶ those who follow their jobs       logs, Redis
 
 Each thread has its own connection to Redis. A node never unpickles anything: only slots do.
 """
@@ -48,6 +49,7 @@ from yadtq_nb.worker.feeder import Feeder
 from yadtq_nb.worker.heart import Heart, Marks
 from yadtq_nb.worker.needs import NeedFiles
 from yadtq_nb.worker.restore import find_blob, restore_jobs
+from yadtq_nb.worker.teller import Teller
 
 log = logging.getLogger(__name__)
 
@@ -173,6 +175,7 @@ class Node:
         self._deaths = Deaths(config, self.id, self._bench, post=self._post, later=self._outbox.append)
         self._needs = NeedFiles(self._directory / "needs", JobStore(config, queue))
         self._publisher = Publisher(config, queue)
+        self._teller = Teller(lambda: Workbench(config, queue, self.id), self.pool.grown)
         self._heart = Heart(
             config,
             Workbench(config, queue, self.id),
@@ -257,6 +260,7 @@ class Node:
         self._heart.close()
         self._bell.join()
         self.pool.stop(0.0)
+        self._teller.close()
         with contextlib.suppress(WorkbenchError):
             for lease in list(self._leases.values()):
                 self._bench.release(lease)
@@ -474,6 +478,7 @@ class Node:
             feeder.share(shares, {p: mark for (of, p), mark in marks.items() if of == lane})
         self._stop_lost(heard.lost)
         self._stop_dropped(heard.dropped)
+        self._teller.follow(heard.followed)
         if heard.ready and not self._may_take:
             self._may_take = True
             self.pool.wake()
@@ -548,7 +553,7 @@ class Node:
             except WorkbenchError:
                 self._stopping.wait(_PAUSE)
                 continue
-            if "cancel" in why:
+            if why & {"cancel", "follow"}:
                 self._heart.hurry()
             if "lane" in why:
                 self._feeders["normal"].look()

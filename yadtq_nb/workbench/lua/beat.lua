@@ -89,4 +89,4 @@ for _, lane in ipairs(LANES) do
     marks[#marks + 1] = {lane, p, cursor, low}
   end
 end
-return {lost, marks, ready, dropped}
+return {lost, marks, ready, dropped, redis.call('ZRANGEBYSCORE', key('followed'), now, '+inf')}

@@ -1,0 +1,78 @@
+"""Following what a job's tasks write, line by line, as tail -f does."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+from yadtq_nb.client.future import waiting
+from yadtq_nb.errors import CodecError, WorkbenchError
+from yadtq_nb.model import Written
+from yadtq_nb.workbench.jobs import JobStore
+
+if TYPE_CHECKING:
+    from yadtq_nb.client.job import Job
+
+#: Seconds between the signs that this process still follows.
+_SAY: Final = 3.0
+#: Seconds without a word after which nothing more is expected of a job that has ended.
+_SILENCE: Final = 0.8
+#: Seconds between tries while Redis is away.
+_PAUSE: Final = 0.2
+#: Stands where something was missed.
+_MISSED = "[... missed: it was written faster than it could be read here; job[i].log has the end of it ...]"
+
+
+def tail(job: Job, timeout: float | None) -> bool:
+    """Print what a job's tasks write until it has ended; see Job.tail."""
+    until = None if timeout is None else time.monotonic() + timeout
+    if job.wait(0):
+        sys.stdout.write(f"job {job.name!r} has ended: what its tasks have written is in job[i].log\n")
+        return True
+    with waiting(job.name), contextlib.closing(JobStore(job.link.config, job.link.queue)) as store:
+        for lines in _follow(job, store, until):
+            # All at once: each call is a message to the notebook.
+            sys.stdout.write("".join(f"{line}\n" for line in lines))
+            sys.stdout.flush()
+    return job.wait(0)
+
+
+def _follow(job: Job, store: JobStore, until: float | None) -> Iterator[list[str]]:
+    position, said_at, heard_at = "", float("-inf"), time.monotonic()
+    while until is None or time.monotonic() < until:
+        ended = job.wait(0)
+        try:
+            now = time.monotonic()
+            if now - said_at > _SAY:
+                newest = store.follow(job.id)
+                if not position:
+                    store.ring("follow")
+                if not position or _number(newest) < _number(position):
+                    position = newest  # the first time; or Redis was emptied
+                said_at = now
+            position, written, missed = store.written(job.id, position, 0.25)
+        except CodecError:
+            raise
+        except WorkbenchError:
+            said_at = float("-inf")  # it may have forgotten that we follow
+            time.sleep(_PAUSE)
+            continue
+        if written:
+            heard_at = time.monotonic()
+            yield ([_MISSED] if missed else []) + [line for one in written for line in _lines(one)]
+        elif ended and time.monotonic() - max(heard_at, 0.0) > _SILENCE:
+            return
+
+
+def _lines(written: Written) -> Iterator[str]:
+    whose = f"{written.first}" if written.first == written.last else f"{written.first}-{written.last}"
+    for line in written.text.decode("utf-8", "replace").rstrip("\r\n").split("\n"):
+        # Of a progress bar, what it has come to.
+        yield f"[{whose}] {line.rstrip(chr(13)).rpartition(chr(13))[2]}"
+
+
+def _number(position: str) -> int:
+    return int(position.partition("-")[2])
