@@ -701,13 +701,19 @@ def test_deadline_is_kept_by_whoever_reaps(bench: Bench) -> None:
 
 def test_cancel_of_a_long_line_reads_none_of_it_and_is_swept_bit_by_bit(bench: Bench) -> None:
     wide = Workbench(msgspec.structs.replace(bench.config, watermark_chunks=None), bench.queue, "a")
-    wide.feed([bench.batch(*(bench.head(n) for n in range(300)))], 0)
-    wide.feed([bench.batch(*(bench.head(n, job="other") for n in range(3)))], 0)
+
+    def feed(numbers: range, job: str = "job") -> None:
+        batch = bench.batch(*(bench.head(n, job=job) for n in numbers))
+        bench.beat("a")  # so many take as long as a lease, on a machine that is busy
+        wide.feed([batch], 0)
+
+    feed(range(300))
+    feed(range(3), "other")
     client, key = bench.store._redis.client, bench.store._redis.key
     (lease,), _ = bench.node("a").take(1)
     bench.node("a").release(lease)
     for n in range(300, 1500, 300):
-        wide.feed([bench.batch(*(bench.head(m) for m in range(n, n + 300)))], 0)
+        feed(range(n, n + 300))
     wide.close()
     bench.store.cancel(Cancel("job"))
     assert client.llen(key("ready")) == 3
@@ -715,6 +721,7 @@ def test_cancel_of_a_long_line_reads_none_of_it_and_is_swept_bit_by_bit(bench: B
     bench.node("a").finish(lease, range(1), b"S", b"late")
     bench.node("a").reap()
     assert client.hlen(key("open")) == 3
+    bench.beat("a")
     assert [lease.head.job for lease in bench.node("a").take(9)[0]] == ["other"] * 3
     assert int(client.get(key("ready_bytes"))) == 0
 
