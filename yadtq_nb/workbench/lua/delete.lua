@@ -25,7 +25,7 @@ end
 for _, part in ipairs(JOB_PARTS) do
   redis.call('UNLINK', job_key(job, part))
 end
-redis.call('DEL', name, job_key(job, 'sending'))
+redis.call('DEL', name, job_key(job, 'sending'), job_key(job, 'written'))
 redis.call('ZREM', key('jobs'), job)
 redis.call('HSET', name, 'id', job, 'cancel', 'deleted', 'ended', string.format('%.6f', now))
 redis.call('EXPIRE', name, keep * 4)
