@@ -24,6 +24,7 @@ from typing import Any, Final
 from yadtq_nb import (
     BacklogError,
     JobCancelledError,
+    JobError,
     JobIncompleteError,
     JobNotFoundError,
     JobTimeoutError,
@@ -38,6 +39,8 @@ _UNKNOWN: Final = 20.0
 _STILL: Final = 40.0
 #: Seconds for which it asks again while a server is away.
 _AWAY: Final = 60.0
+#: Seconds within which a job is repaired.
+_MENDED: Final = 120.0
 
 
 def patiently(call: Callable[[], Any]) -> Any:
@@ -66,7 +69,7 @@ def note(audit: str, job: str, index: int) -> None:
 def act(audit: str, job: str, item: Item) -> Any:
     """Do what an item says, and answer for it."""
     index, _, deed, payload = item
-    if deed == "raise":
+    if deed in ("raise", "mend"):
         raise ValueError(f"{job} {index} fails on purpose")
     if deed == "exit":
         os._exit(3)
@@ -90,6 +93,12 @@ def work(item: Item, *, audit: str, job: str) -> Any:
     return act(audit, job, item)
 
 
+def work_mended(item: Item, *, audit: str, job: str) -> Any:
+    """What is called instead, once a job is repaired."""
+    index, seconds, deed, payload = item
+    return work((index, seconds, "" if deed == "mend" else deed, payload), audit=audit, job=job)
+
+
 def work_below(item: Item, *, audit: str, job: str, queue: Queue) -> Any:
     """A task that sends a job and waits for it."""
     note(audit, job, item[0])
@@ -108,7 +117,7 @@ async def work_together(item: Item, *, audit: str, job: str) -> Any:
 
 
 def expected(job: str, item: Item) -> str:
-    """Return the only outcome that is right, as digest() writes it."""
+    """Return the only outcome that is right in the end, as digest() writes it."""
     index, _, deed, payload = item
     if deed in ("raise", "exit", "late"):
         return {"raise": "ValueError", "exit": "TaskCrashedError", "late": "TaskTimeoutError"}[deed]
@@ -133,7 +142,7 @@ def shape(how: str = "list", **options: Any) -> Callable[[Callable[[random.Rando
 
     Args:
         how: "list", "drawn" (an iterator), "together" (coroutines), "below" (tasks that wait for jobs of their own),
-            "cancelled" (by its client, after a while) or "single" (submit).
+            "cancelled" (by its client, after a while), "mended" (retried with another function) or "single" (submit).
     """
 
     def register(items: Callable[[random.Random], list[Item]]) -> None:
@@ -223,6 +232,11 @@ def cancelled(rng: random.Random) -> list[Item]:
     return [(i, rng.uniform(0.01, 0.2), "", b"") for i in range(300)]
 
 
+@shape("mended", chunksize=7)
+def mended(rng: random.Random) -> list[Item]:
+    return [(i, rng.uniform(0.0, 0.05), "mend" if i % 6 == 5 else "", b"") for i in range(90)]
+
+
 @shape("drawn")
 def drawn(rng: random.Random) -> list[Item]:
     return [(i, rng.uniform(0.0, 0.01), "", b"") for i in range(400)]
@@ -264,12 +278,14 @@ class Client:
                 if SHAPES[shape_of(name)][1] == "cancelled":
                     job.wait(rng.uniform(0.0, 2.0))
                     patiently(job.cancel)
+                if SHAPES[shape_of(name)][1] == "mended":
+                    self._mend(name, job)
                 self.say("done", name, outcomes=self._outcomes(job))
 
     def _send_one(self, name: str) -> Any:
         _, how, options = SHAPES[shape_of(name)]
         items = items_of(name)
-        given: dict[str, Any] = {"audit": self._audit, "job": name}
+        given = self._given(name)
         self.say("sends", name)
         asked = time.monotonic()
         try:
@@ -286,6 +302,37 @@ class Client:
             return None
         self.say("waits", name, id=job.id)
         return job
+
+    def _given(self, name: str) -> dict[str, Any]:
+        return {"audit": self._audit, "job": name}
+
+    def _mark(self, name: str) -> Path:
+        """The file that says that a job was whole, and its repair has begun."""
+        return Path(f"{self._audit}.{name}.mends")
+
+    def _mend(self, name: str, job: Any) -> None:
+        """Retry with another function until nothing is left to be retried."""
+        deadline = time.monotonic() + _MENDED
+        while time.monotonic() < deadline:
+            job = patiently(lambda: self._queue.job(name))
+            try:
+                self._outcomes(job, 5.0)
+            except JobTimeoutError:
+                continue
+            except JobIncompleteError:
+                pass  # a server has lost of it, or somebody was killed while he sent it again
+            self._mark(name).touch()
+            try:
+                if not self._retry(job, name):
+                    return
+            except JobError as exc:
+                if "job.cancel() ends it" in str(exc):
+                    patiently(job.cancel)
+                time.sleep(0.5)
+        self.say("stuck", name)
+
+    def _retry(self, job: Any, name: str) -> int:
+        return int(patiently(lambda: job.retry(work_mended, kwargs=self._given(name))))
 
     @staticmethod
     def _outcomes(job: Any, timeout: float | None = None) -> list[str]:
@@ -307,6 +354,8 @@ class Client:
         before, deadline = -1, time.monotonic() + _STILL
         while True:
             try:
+                if self._mark(name).exists():
+                    self._mend(name, job)
                 self.say("done", name, outcomes=self._outcomes(job, 5.0))
                 return
             except JobCancelledError:
