@@ -41,6 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Give each of pytest-xdist's processes ports of its own: a server that is down keeps its port."""
+    config.addinivalue_line("markers", "one_stack: no broker makes a difference here, so that one stack is enough")
     number = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
     count = os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")
     servers._PORTS = servers._PORTS[int(number) :: int(count)]  # type: ignore[misc]  # it is final
@@ -50,6 +51,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "stack" in metafunc.fixturenames:
         chosen = metafunc.config.getoption("--stack")
         names = ["local", "kafka"] if chosen == "both" else [chosen]
+        if metafunc.definition.get_closest_marker("one_stack"):
+            names = names[:1]
         metafunc.parametrize("stack", names, indirect=True, scope="session")
 
 

@@ -16,6 +16,8 @@ from yadtq_nb.errors import WorkbenchError
 from yadtq_nb.workbench import connection
 from yadtq_nb.workbench.connection import Connection
 
+pytestmark = pytest.mark.one_stack
+
 
 @pytest.fixture
 def redis(stack: stacks.Servers, queue_name: str) -> Iterator[Connection]:

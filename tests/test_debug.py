@@ -21,6 +21,8 @@ from yadtq_nb import codec as codecs
 from yadtq_nb.client import debug as debugging
 from yadtq_nb.model import ChunkHead
 
+pytestmark = pytest.mark.one_stack
+
 #: Seconds after which something hangs.
 LIMIT = 30
 

@@ -27,6 +27,8 @@ from yadtq_nb import (
 )
 from yadtq_nb.local import servers
 
+pytestmark = pytest.mark.one_stack
+
 # Functions of the tests travel by value, as those of a notebook do.
 __import__("cloudpickle").register_pickle_by_value(sys.modules[__name__])
 

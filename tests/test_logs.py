@@ -29,6 +29,8 @@ from yadtq_nb.slots.capture import CUT, KEPT
 from yadtq_nb.slots.pool import SlotPool
 from yadtq_nb.worker import crash
 
+pytestmark = pytest.mark.one_stack
+
 #: Seconds after which something hangs.
 LIMIT = 30
 MARK = CUT.decode()

@@ -17,6 +17,8 @@ from yadtq_nb import LocalCluster, Queue, codec
 from yadtq_nb.client import fan
 from yadtq_nb.model import BrokenItem
 
+pytestmark = pytest.mark.one_stack
+
 # Functions of the tests travel by value, as those of a notebook do.
 __import__("cloudpickle").register_pickle_by_value(sys.modules[__name__])
 

@@ -14,6 +14,8 @@ from yadtq_nb import LocalCluster, Queue
 from yadtq_nb.client.shown import Overview, place
 from yadtq_nb.notebook.snapshot import queue_snapshot, snapshot
 
+pytestmark = pytest.mark.one_stack
+
 __import__("cloudpickle").register_pickle_by_value(sys.modules[__name__])
 
 

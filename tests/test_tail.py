@@ -21,6 +21,8 @@ from yadtq_nb.slots.growth import MOST, Growth
 from yadtq_nb.workbench import bench
 from yadtq_nb.workbench.jobs import JobStore
 
+pytestmark = pytest.mark.one_stack
+
 #: Seconds after which something hangs.
 LIMIT = 30
 

@@ -12,6 +12,8 @@ import pytest
 from yadtq_nb import Queue
 from yadtq_nb.notebook import timeline
 
+pytestmark = pytest.mark.one_stack
+
 # Functions of the tests travel by value, as those of a notebook do.
 __import__("cloudpickle").register_pickle_by_value(sys.modules[__name__])
 

@@ -15,6 +15,8 @@ from redis import Redis
 
 from yadtq_nb import Queue, ResultPickleError
 
+pytestmark = pytest.mark.one_stack
+
 # Functions of the tests travel by value, as those of a notebook do.
 __import__("cloudpickle").register_pickle_by_value(sys.modules[__name__])
 

@@ -35,6 +35,8 @@ from yadtq_nb.workbench.bench import Batch, Cursor, NotLiveError, Share, Workben
 from yadtq_nb.workbench.jobs import JobStore
 from yadtq_nb.worker.restore import restore_jobs
 
+pytestmark = pytest.mark.one_stack
+
 TOPIC = "topic-1"
 LEASE = 0.4
 DEATH = Crash("here", "a", "killed by SIGSEGV", 1_000, 0.0, "some lines")
