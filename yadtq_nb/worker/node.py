@@ -367,7 +367,8 @@ class Node:
         lease = event.lease
         self._done += len(event.states)
         if event.states:
-            self._post(lease, event.offsets, *self._that_fit(event))
+            states, frame = self._that_fit(event)
+            self._outbox.append(lambda: self._bench.finish(lease, event.offsets, states, frame))
         if event.retries:
             retries = event.retries
             self._outbox.append(lambda: self._bench.retry(lease, retries))
