@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import operator
 import os
@@ -669,7 +670,8 @@ class Job(Sequence[Future[Any]]):
         """
         from yadtq_nb.client.tail import tail
 
-        return tail(self, timeout)
+        with contextlib.closing(JobStore(self._link.config, self._link.queue)) as store:
+            return tail(store, self.id, self.name, lambda: self.wait(0), timeout)
 
     def _ipython_display_(self) -> None:
         from yadtq_nb.notebook.live import display_job

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Iterator
+from typing import Final
 
 from yadtq_nb.client.future import waiting
 from yadtq_nb.errors import CodecError, WorkbenchError
 from yadtq_nb.model import Written
 from yadtq_nb.workbench.jobs import JobStore
-
-if TYPE_CHECKING:
-    from yadtq_nb.client.job import Job
 
 #: Seconds between the signs that this process still follows.
 _SAY: Final = 3.0
@@ -26,34 +22,39 @@ _PAUSE: Final = 0.2
 _MISSED = "[... missed: it was written faster than it could be read here; job[i].log has the end of it ...]"
 
 
-def tail(job: Job, timeout: float | None) -> bool:
-    """Print what a job's tasks write until it has ended; see Job.tail."""
-    until = None if timeout is None else time.monotonic() + timeout
-    if job.wait(0):
-        sys.stdout.write(f"job {job.name!r} has ended: what its tasks have written is in job[i].log\n")
+def tail(store: JobStore, job: str, name: str, ended: Callable[[], bool], timeout: float | None) -> bool:
+    """Print what a job's tasks write until it has ended; see Job.tail.
+
+    Args:
+        store: of its own, since reading blocks it.
+        ended: tells whether the job has.
+    """
+    if ended():
+        sys.stdout.write(f"job {name!r} has ended: what its tasks have written is in job[i].log\n")
         return True
-    with waiting(job.name), contextlib.closing(JobStore(job.link.config, job.link.queue)) as store:
-        for lines in _follow(job, store, until):
+    until = None if timeout is None else time.monotonic() + timeout
+    with waiting(name):
+        for lines in _follow(store, job, ended, until):
             # All at once: each call is a message to the notebook.
             sys.stdout.write("".join(f"{line}\n" for line in lines))
             sys.stdout.flush()
-    return job.wait(0)
+    return ended()
 
 
-def _follow(job: Job, store: JobStore, until: float | None) -> Iterator[list[str]]:
+def _follow(store: JobStore, job: str, ended: Callable[[], bool], until: float | None) -> Iterator[list[str]]:
     position, said_at, heard_at = "", float("-inf"), time.monotonic()
     while until is None or time.monotonic() < until:
-        ended = job.wait(0)
+        over = ended()
         try:
             now = time.monotonic()
             if now - said_at > _SAY:
-                newest = store.follow(job.id)
+                newest = store.follow(job)
                 if not position:
                     store.ring("follow")
                 if not position or _number(newest) < _number(position):
                     position = newest  # the first time; or Redis was emptied
                 said_at = now
-            position, written, missed = store.written(job.id, position, 0.25)
+            position, written, missed = store.written(job, position, 0.25)
         except CodecError:
             raise
         except WorkbenchError:
@@ -63,7 +64,7 @@ def _follow(job: Job, store: JobStore, until: float | None) -> Iterator[list[str
         if written:
             heard_at = time.monotonic()
             yield ([_MISSED] if missed else []) + [line for one in written for line in _lines(one)]
-        elif ended and time.monotonic() - max(heard_at, 0.0) > _SILENCE:
+        elif over and time.monotonic() - heard_at > _SILENCE:
             return
 
 
