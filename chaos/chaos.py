@@ -207,7 +207,7 @@ class Run:
             self._topics[lane] = Topics(self.ground.cluster.config, QUEUE, lane)
         topics = self._topics[lane]
         topic = topics.ensure()
-        fed = {p: c.offset for p, c in self._store.cursors(lane).items() if c.topic_id == topic.id}
+        fed = {p: c.offset for p, c in self._store.fed(lane)[1].items() if c.topic_id == topic.id}
         # Of batches of several records Tansu says a smaller end than it has.
         return sum(max(0, end - fed.get(p, 0)) for p, end in topics.ends(topic).items())
 
@@ -304,7 +304,7 @@ class Run:
             lines += [
                 f"  {v.info.id} {v.status} {v.heartbeat_age:.1f} s {v.info.running}" for v in self._store.workers()
             ]
-            lines.append(f"  cursors {self._store.cursors()}")
+            lines.append(f"  cursors {self._store.fed()[1]}")
         for client in self.ground.clients:
             if client.process.poll() is None:
                 lines.append(f"  client {client.name}: {[(x['what'], x['job']) for x in client.lines()[-2:]]}")

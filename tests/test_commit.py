@@ -20,7 +20,7 @@ def test_commit_waits_for_the_oldest_unfinished_chunk_and_then_reaches_the_end(
         blocked = queue.submit(wait_for_file, gate)
         queue.map(abs, range(40), chunksize=1).results(60)
         topic = Topics(cluster.config, queue.name).ensure()
-        ends = {partition: cursor.offset for partition, cursor in queue._link().store.cursors().items()}
+        ends = {partition: cursor.offset for partition, cursor in queue._link().store.fed()[1].items()}
         wait_until(lambda: len(_lagging(cluster, queue, topic, ends)) == 1)
         (partition,) = _lagging(cluster, queue, topic, ends)
         oldest = _oldest_unfinished(queue, topic, partition)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 from waiting import wait_until
 
 from yadtq_nb import LocalCluster, Queue
+from yadtq_nb.backlog import publish
 from yadtq_nb.backlog.connection import Topics
 from yadtq_nb.local.home import Home
 from yadtq_nb.local.stack import Stack
@@ -54,11 +56,11 @@ def test_broker_in_memory_is_relieved_of_what_is_done_and_nothing_is_lost_on_the
     with LocalCluster(slots=2) as cluster, cluster.queue() as queue:
         first = queue.submit(abs, -1)
         assert first.result(30) == 1
-        before = {cursor.topic_id for cursor in queue._link().store.cursors().values()}
+        before = {cursor.topic_id for cursor in queue._link().store.fed()[1].values()}
         assert queue.map(abs, range(2_400), chunksize=1).results(60) == list(range(2_400))
         deadline = time.monotonic() + 30
         number = 0
-        while {cursor.topic_id for cursor in queue._link().store.cursors().values()} == before:
+        while {cursor.topic_id for cursor in queue._link().store.fed()[1].values()} == before:
             assert time.monotonic() < deadline, "the topic was not made again"
             number += 1
             assert queue.submit(abs, -number).result(30) == number
@@ -77,6 +79,34 @@ def test_what_the_broker_in_memory_forgets_before_it_is_fed_is_sent_again() -> N
         cluster.restart_broker()
         cluster.workers[0].start()
         assert job.results(60) == list(range(50))
+
+
+def test_what_was_fed_just_before_redis_lost_its_last_second_is_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The store is frozen while it writes its file, so to say, and the broker is gone before its chunks are read again.
+    monkeypatch.setattr(publish, "_ROLLBACK", 60.0)
+    with LocalCluster(slots=1, workers=1) as cluster, cluster.queue() as queue:
+        assert queue.submit(abs, -1).result(30) == 1
+        cluster.workers[0].stop()
+        job = queue.map(slow, range(12), kwargs={"seconds": 1.0}, chunksize=6)
+        link = queue._link()
+        wait_until(lambda: (record := link.store.record(job.id)) and record.sealed, "the broker has everything")
+        time.sleep(0.5)
+        before, store = tmp_path / "before", cluster._home.store
+        shutil.copytree(store, before)
+        cluster.workers[0].start()
+        assert link.publisher().settle(30), "all is fed"
+        cluster.workers[0].kill()
+        cluster.workers[0].stop()
+        cluster.kill_store()
+        shutil.rmtree(store)
+        shutil.copytree(before, store)
+        cluster.kill_broker()
+        cluster.restart_store()
+        cluster.restart_broker()
+        cluster.workers[0].start()
+        assert job.results(60) == list(range(12))
 
 
 def test_what_lies_in_the_next_life_of_the_topic_is_not_taken_for_what_was_fed_in_the_last() -> None:

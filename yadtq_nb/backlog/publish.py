@@ -9,6 +9,7 @@ one that arrives twice runs once.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import logging
@@ -51,7 +52,10 @@ _LOOK_WAKE: Final = 0.1
 _LOOK_POLL: Final = 1.0
 #: Seconds between such looks while someone waits for it.
 _LOOK_SOON: Final = 0.005
-#: Bytes that are held beside a broker that has them on disk: only a topic that is deleted takes them away there.
+#: Seconds for which what was fed is held on: a Redis that is killed right then comes back without its last second, or
+#: two where its disk was busy, and a broker in memory may be gone by then.
+_ROLLBACK: Final = 3.0
+#: Bytes that are held of what was fed, or lies with a broker that has it on disk.
 _HELD: Final = 64 * 1024 * 1024
 
 _encode = msgspec.json.Encoder().encode
@@ -97,14 +101,15 @@ class Publisher:
         queue: str,
         lane: Lane = "normal",
         *,
-        fed: Callable[[], Mapping[int, Fed]] | None = None,
+        fed: Callable[[], tuple[str, Mapping[int, Fed]]] | None = None,
         seen: Mapping[int, Fed] | None = None,
     ) -> None:
         """Connect, and make the queue's topics if they are missing.
 
         Args:
-            fed: tells how far each partition has been fed; given by a client, which sends what was lost before that.
-            seen: what it has told just now.
+            fed: tells the workbench's present life, another one after a restart, and how far each partition has been
+                fed; given by a client, which sends what was lost before that.
+            seen: how far that was just now.
 
         Raises:
             BacklogError: Kafka cannot be reached or refuses.
@@ -118,6 +123,10 @@ class Publisher:
         #: What it has acknowledged, but would forget with its memory, or with its topic.
         self._unsafe: list[_Letter] = []
         self._unsafe_bytes = 0
+        #: What was fed a moment ago, in this life of the workbench, and when that was seen.
+        self._resting: collections.deque[tuple[float, _Letter]] = collections.deque()
+        self._resting_bytes = 0
+        self._life = ""
         self._fed = fed
         self._forgets = config.reading == "wake"
         self._fed_seen_at = 0.0
@@ -319,7 +328,8 @@ class Publisher:
             self._producer.poll(0.2)
         except KafkaException:
             self._broken.set()
-        if self._unsafe and time.monotonic() - self._fed_seen_at > (_LOOK_WAKE if self._forgets else _LOOK_POLL):
+        every = _LOOK_WAKE if self._forgets and self._unsafe else _LOOK_POLL
+        if (self._unsafe or self._resting) and time.monotonic() - self._fed_seen_at > every:
             self._look_what_is_fed()
         if self._broken.is_set():
             self._renew()
@@ -333,8 +343,16 @@ class Publisher:
         assert self._fed is not None  # or nothing would be unsafe
         self._fed_seen_at, seen = time.monotonic(), len(self._unsafe)
         try:
-            fed = self._fed()
-            held = [letter for letter in self._unsafe[:seen] if not _is_fed(letter, fed)]
+            life, fed = self._fed()
+            if life != self._life:
+                # It was restarted, and may know less than before.
+                back = [letter for _, letter in self._resting]
+                with self._empty:
+                    self._unsafe, seen = back + self._unsafe, seen + len(back)
+                self._resting.clear()
+                self._resting_bytes, self._life = 0, life
+            looked_at = self._unsafe[:seen]
+            held = [letter for letter in looked_at if not _is_fed(letter, fed)]
             doubtful = [letter for letter in held if _is_of_another_life(letter, fed)]
             # Either side may be behind: the broker tells which life of the topic it is.
             present = self._topics.ensure().id if doubtful else ""
@@ -342,11 +360,14 @@ class Publisher:
             log.warning("cannot see what is fed: %s", exc)
             return
         forgotten = [letter for letter in doubtful if letter.place[0] != present]
+        kept = set(map(id, held))
+        self._rest([letter for letter in looked_at if id(letter) not in kept])
         with self._empty:
             # What was acknowledged meanwhile has come behind those that were looked at.
             gone = set(map(id, forgotten))
             self._unsafe = [*(letter for letter in held if id(letter) not in gone), *self._unsafe[seen:]]
             self._unsafe_bytes = sum(len(letter.value) for letter in self._unsafe)
+            self._unsafe_bytes += self._resting_bytes
             self._letters.update({id(letter): letter for letter in forgotten})
             for letter in forgotten:
                 letter.deadline = time.monotonic() + GIVE_UP
@@ -354,11 +375,20 @@ class Publisher:
         if forgotten:
             self._broken.set()
 
+    def _rest(self, fed: list[_Letter]) -> None:
+        """Hold what was fed just now for a moment, and let go of what was fed before."""
+        now = self._fed_seen_at
+        self._resting += [(now, letter) for letter in fed]
+        self._resting_bytes += sum(len(letter.value) for letter in fed)
+        while self._resting and (now - self._resting[0][0] > _ROLLBACK or self._resting_bytes > _HELD):
+            _, letter = self._resting.popleft()
+            self._resting_bytes -= len(letter.value)
+
     def _renew(self) -> None:
         """Put a new producer in the place of one that cannot go on, and send again what was not acknowledged."""
         self._give_up_late()
         try:
-            fed = self._fed() if self._fed is not None else {}
+            fed = self._fed()[1] if self._fed is not None else {}
             self._start(self._topics.ensure(), fed)
         except YadtqError as exc:
             log.warning("Kafka or Redis is away: %s", exc)

@@ -78,8 +78,8 @@ class Link:
         """Return who writes to a lane; it comes into use with the first call, and nodes are told so."""
         with self._lock:
             if lane not in self._publishers:
-                fed = functools.partial(self.store.cursors, lane)
-                seen = patiently(fed, PATIENCE)
+                fed = functools.partial(self.store.fed, lane)
+                _, seen = patiently(fed, PATIENCE)
                 self._publishers[lane] = Publisher(self.config, self.queue, lane, fed=fed, seen=seen)
                 if lane != "normal":
                     patiently(lambda: self.store.ring("lane"), PATIENCE)

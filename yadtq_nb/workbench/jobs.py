@@ -365,12 +365,14 @@ class JobStore:
             data: bytes | None = client.get(self._redis.key("blob", name))
             return data
 
-    def cursors(self, lane: Lane = "normal") -> dict[int, Cursor]:
-        """Return how far each partition of a lane has been fed."""
+    def fed(self, lane: Lane = "normal") -> tuple[str, dict[int, Cursor]]:
+        """Return the name of the server's present life, and how far each partition of a lane has been fed in it."""
         with self._redis.use() as client:
-            found = client.hgetall(self._redis.lane_key("cursor", lane))
+            # In one: a restart in between would tell what one life knows as another's.
+            pipe = client.pipeline().info("server").hgetall(self._redis.lane_key("cursor", lane))
+            server, found = pipe.execute()
         parsed = {int(partition): Cursor.parse(cursor) for partition, cursor in found.items()}
-        return {partition: cursor for partition, cursor in parsed.items() if cursor is not None}
+        return str(server["run_id"]), {p: cursor for p, cursor in parsed.items() if cursor is not None}
 
     def now(self) -> float:
         """Return the workbench's clock, in seconds since the epoch."""
