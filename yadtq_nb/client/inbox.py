@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from typing import Final
 
 from yadtq_nb.client.board import Board
@@ -53,6 +54,8 @@ class Inbox:
         self._news = JobStore(config, queue)
         self._store = JobStore(config, queue)
         self._boards: dict[str, Board] = {}
+        #: Boards of jobs that have ended, as long as someone has them: such a job may be opened again, by anyone.
+        self._ended: weakref.WeakValueDictionary[str, Board] = weakref.WeakValueDictionary()
         self._sending: set[str] = set()
         #: Job to when the workbench was last seen to know it.
         self._last_known: dict[str, float] = {}
@@ -64,7 +67,7 @@ class Inbox:
         self._thread.start()
 
     def watch(self, board: Board, *, known: bool) -> Board:
-        """Fill a board until its job ends, and return it, or the one that is filled for this job already.
+        """Fill a board until its job ends, and return it, or the one that there is for this job already.
 
         Args:
             known: the job may have outcomes already.
@@ -73,9 +76,12 @@ class Inbox:
             WorkbenchError: Redis cannot be reached.
         """
         with self._lock:
-            watched = self._boards.setdefault(board.job, board)
-        if known and watched is board:
-            patiently(lambda: self._compare(board), PATIENCE)
+            watched = self._boards.get(board.job) or self._ended.get(board.job) or board
+            self._boards[board.job] = watched
+        if watched.ended and watched.failure is not None:
+            watched.reopen()  # why it ended may hold no more
+        if known and (watched is board or watched.ended):
+            patiently(lambda: self._compare(watched), PATIENCE)
         return watched
 
     def want(self, board: Board) -> None:
@@ -154,9 +160,11 @@ class Inbox:
         ended: list[tuple[Board, str]] = []
         for entry in news:
             board = self._boards.get(entry.job)
+            if board is None and entry.reopened:
+                board = self._ended.get(entry.job)
             if board is None:
                 continue
-            if entry.reopened:
+            if entry.reopened > board.life:
                 self.reopen(board)
             if entry.dropped:
                 board.drop(entry.dropped)
@@ -215,6 +223,7 @@ class Inbox:
         with self._lock:
             self._boards.pop(board.job, None)
             self._last_known.pop(board.job, None)
+            self._ended[board.job] = board
 
     # When the news cannot be trusted to be whole.
 
@@ -238,6 +247,9 @@ class Inbox:
         except JobNotFoundError as exc:
             self._end(board, exc)
             return
+        if record is not None and record.life > board.life:
+            board.reopen()
+            board.life, board.total = record.life, record.total
         for field in board.missing(self._store.fields(board.job)):
             board.tell(field, 0)
         if board.wanted:

@@ -302,13 +302,12 @@ class Link:
         return job
 
     def _new_job(self, packet: Packet, total: int | None) -> tuple[Board, Job]:
-        board = Board(packet.job, self.key)
+        board = Board(packet.job, self.key, total)
         job = Job(
             self,
             board,
             id=packet.job,
             name=packet.name,
-            total=total,
             style=packet.style,
             created=packet.created,
             parameters=packet.parameters,
@@ -372,8 +371,8 @@ class Link:
             needs=needed,
         )
 
-    def extend(self, job: str, name: str, board: Board, items: list[Any]) -> int:
-        """Start sending more items of a job, and return how many tasks it has then.
+    def extend(self, job: str, name: str, board: Board, items: list[Any]) -> None:
+        """Start sending more items of a job.
 
         Raises:
             JobNotFoundError, JobError: it was cancelled, or not sent whole, or is not kept.
@@ -392,7 +391,6 @@ class Link:
         self.mailer.send_safely(Reopen(job, life, 0, total))
         ends = patiently(lambda: self.store.ends(job), PATIENCE)
         self._start_sending(packet, items, board, total=total, first=seen.total, life=life, ends=ends)
-        return total
 
     def _reopen_for(self, more: int, seen: JobRecord) -> int:
         if seen.cancel:
