@@ -284,6 +284,42 @@ def test_task_that_replaces_or_closes_stdout_costs_the_next_chunk_nothing(
         assert logs(queue.map(speak, range(chunksize), chunksize=chunksize))[0].startswith("one 0\ntwo 0\n")
 
 
+@pytest.mark.parametrize("chunksize", [1, 2])
+def test_task_that_spoils_stdout_for_itself_spoils_it_for_no_later_chunk(
+    make_cluster: MakeCluster, chunksize: int
+) -> None:
+    def detach(x: int) -> None:
+        if not x:
+            sys.stdout.detach()
+
+    def reconfigure(x: int) -> None:
+        sys.stdout.reconfigure(encoding="ascii", errors="strict", write_through=False)  # type: ignore[union-attr]
+
+    def delete(x: int) -> None:
+        if not x:
+            del sys.stdout
+
+    def close(x: int) -> None:
+        if not x:
+            os.close(1)
+            os.close(2)
+
+    def silence(x: int) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+    def say(x: int) -> None:
+        print("é\udc80", x)
+        print("err", x, file=sys.stderr)
+
+    with make_cluster(1).queue() as queue:
+        for spoil in (detach, reconfigure, delete, close, silence):
+            job = queue.map(spoil, range(chunksize), chunksize=chunksize)
+            assert job.results(LIMIT) == [None] * chunksize, spoil.__name__
+            later = queue.map(say, range(chunksize), chunksize=chunksize)
+            assert later.results(LIMIT) == [None] * chunksize, spoil.__name__
+            assert logs(later) == [f"é\\udc80 {x}\nerr {x}\n" for x in range(chunksize)], spoil.__name__
+
+
 def test_task_that_redirects_stdout_keeps_what_it_has_redirected(queue: Queue) -> None:
     def redirect(x: int) -> str:
         from contextlib import redirect_stdout
