@@ -219,6 +219,41 @@ def test_who_waits_for_a_job_in_another_process_gets_the_tasks_that_join_it_too(
         assert sorted(future.index for future in theirs.as_completed()) == list(range(12))
 
 
+def test_who_repairs_is_not_taken_for_dead_by_others_nor_by_who_comes_second(
+    queue: Queue, shared_cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("yadtq_nb.client.inbox._SENDING", 0.0)  # as with a job that is older
+    job = queue.map(odd_fails, range(6))
+    job.wait(LIMIT)
+    with shared_cluster.queue() as elsewhere:
+        theirs = elsewhere.job(job.id)
+        link: Any = job.link
+        send_safely, states = link.mailer.send_safely, list[JobState]()
+
+        def slow_to_send(entry: Any) -> None:
+            states.append(theirs.state)
+            send_safely(entry)
+
+        monkeypatch.setattr(link.mailer, "send_safely", slow_to_send)
+        job.extend([6, 8])
+        assert job.results(LIMIT, errors="skip") == [0, 2, 4, 6, 8]
+        assert states[0] is JobState.RUNNING, "when the journal is told, before anything is sent"
+
+        store: Any = theirs.link.store  # type: ignore[attr-defined]
+        reopen, known = store.reopen, link.store.record(job.id)
+
+        def second(*args: Any, **how: Any) -> int:
+            link.inbox.sending(job.id)
+            assert link.store.reopen(known, total=8)
+            return reopen(*args, **how)
+
+        monkeypatch.setattr(store, "reopen", second)
+        with pytest.raises(JobError, match="still being sent"):
+            theirs.retry()
+        assert job.state is JobState.RUNNING
+        link.inbox.sent(job.id)
+
+
 def test_what_cannot_be_repaired_says_so(queue: Queue) -> None:
     def drawn() -> Any:
         yield 1

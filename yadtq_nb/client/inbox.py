@@ -6,6 +6,7 @@ outcomes that really lie in the workbench.
 
 from __future__ import annotations
 
+import collections
 import logging
 import threading
 import time
@@ -56,7 +57,8 @@ class Inbox:
         self._boards: dict[str, Board] = {}
         #: Boards of jobs that have ended, as long as someone has them: such a job may be opened again, by anyone.
         self._ended: weakref.WeakValueDictionary[str, Board] = weakref.WeakValueDictionary()
-        self._sending: set[str] = set()
+        #: Job to how many in this process send it, or are about to.
+        self._sending: collections.Counter[str] = collections.Counter()
         #: Job to when the workbench was last seen to know it.
         self._last_known: dict[str, float] = {}
         self._lock = threading.Lock()
@@ -96,7 +98,7 @@ class Inbox:
     def sending(self, job: str) -> None:
         """Tell the queue now and then that this process still sends a job."""
         with self._lock:
-            self._sending.add(job)
+            self._sending[job] += 1
         try:
             patiently(lambda: self._store.say_sending(job), PATIENCE)
         except WorkbenchError as exc:
@@ -106,7 +108,9 @@ class Inbox:
     def sent(self, job: str) -> None:
         """Stop telling so."""
         with self._lock:
-            self._sending.discard(job)
+            self._sending[job] -= 1
+            if self._sending[job] <= 0:
+                del self._sending[job]
 
     def close(self, why: str) -> None:
         """Stop listening: whoever waits for a job is told why."""

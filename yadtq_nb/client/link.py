@@ -383,14 +383,18 @@ class Link:
                 sender.finished.wait(FLUSH)
         seen = repair.known(self, job, name)
         packet = repair.recorded(self, seen)
-        life = self._reopen_for(len(items), seen)
-        while not life:  # it has ended meanwhile, or someone else was first
-            seen = repair.known(self, job, name)
+        self.inbox.sending(job)  # said before it is opened, lest it be taken for one whose client has died
+        try:
             life = self._reopen_for(len(items), seen)
-        total = seen.total + len(items)
-        self.mailer.send_safely(Reopen(job, life, 0, total))
-        ends = patiently(lambda: self.store.ends(job), PATIENCE)
-        self._start_sending(packet, items, board, total=total, first=seen.total, life=life, ends=ends)
+            while not life:  # it has ended meanwhile, or someone else was first
+                seen = repair.known(self, job, name)
+                life = self._reopen_for(len(items), seen)
+            total = seen.total + len(items)
+            self.mailer.send_safely(Reopen(job, life, 0, total))
+            ends = patiently(lambda: self.store.ends(job), PATIENCE)
+            self._start_sending(packet, items, board, total=total, first=seen.total, life=life, ends=ends)
+        finally:
+            self.inbox.sent(job)
 
     def _reopen_for(self, more: int, seen: JobRecord) -> int:
         if seen.cancel:
