@@ -7,19 +7,20 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
 from conftest import MakeCluster, StartScript
 from waiting import wait_for_file, wait_until
 
-from yadtq_nb import Queue, SignatureError, codec
+from yadtq_nb import Queue, SignatureError, WorkbenchError, codec
 from yadtq_nb.model import ChunkHead, Environment, Written
 from yadtq_nb.slots.capture import CUT
 from yadtq_nb.slots.growth import MOST, Growth
 from yadtq_nb.workbench import bench
 from yadtq_nb.workbench.jobs import JobStore
+from yadtq_nb.worker import teller
 
 #: Seconds after which something hangs.
 LIMIT = 30
@@ -289,6 +290,33 @@ def test_following_goes_on_after_redis_was_emptied(
     numbers = [int(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if "line" in line]
     assert numbers[0] < 15
     assert numbers[-1] > 60
+
+
+def test_what_is_written_while_redis_is_away_is_told_when_it_is_back_and_a_gap_is_said() -> None:
+    told, away, looks = list[Written](), True, 0
+
+    class Bench:
+        def tell(self, written: list[Written]) -> None:
+            if away:
+                raise WorkbenchError("Redis is away")
+            told.extend(written)
+
+        def close(self) -> None: ...
+
+    def grown(_: frozenset[str]) -> list[Written]:
+        nonlocal looks
+        looks += 1
+        long = b"x" * (teller._WAITING // 2)
+        return [Written("j", looks, looks, b"%d " % looks + long)] if looks <= 4 else []
+
+    thread = teller.Teller(lambda: cast(bench.Workbench, Bench()), grown)
+    thread.follow(frozenset({"j"}))
+    wait_until(lambda: looks > 4)
+    away = False
+    wait_until(lambda: told)
+    thread.close()
+    assert [one.first for one in told] == [4]
+    assert told[0].text.startswith(CUT + b"4 x")
 
 
 # A slot's log

@@ -50,8 +50,10 @@ def _follow(job: Job, store: JobStore, until: float | None) -> Iterator[list[str
                 newest = store.follow(job.id)
                 if not position:
                     store.ring("follow")
-                if not position or _number(newest) < _number(position):
-                    position = newest  # the first time; or Redis was emptied
+                if not position:
+                    position = newest
+                elif _number(newest) < _number(position):
+                    position = "0-0"  # Redis was emptied: all that is there is new
                 said_at = now
             position, written, missed = store.written(job.id, position, 0.25)
         except CodecError:
