@@ -305,6 +305,27 @@ def test_one_future_can_be_awaited(queue: Queue) -> None:
     assert asyncio.run(main()) == 9
 
 
+def test_awaiting_that_is_cancelled_as_by_an_interrupted_kernel_says_that_the_job_goes_on(
+    queue: Queue, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    job = queue.map(wait_for_file, [str(gate)])
+
+    async def main() -> None:
+        async def cell() -> None:
+            await job
+
+        task = asyncio.create_task(cell())
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError, match=f"{job.name}' goes on"):
+            await task
+
+    asyncio.run(main())
+    gate.touch()
+    assert job.results(LIMIT) == [str(gate)]
+
+
 def test_await_that_is_cancelled_disturbs_no_one(queue: Queue, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     job = queue.map(wait_for_file, [str(gate)])

@@ -184,6 +184,23 @@ def test_task_whose_child_forks_and_writes_among_others_neither_hangs_nor_takes_
     assert logs(queue.map(fork, range(2), chunksize=2)) == ["parent 0\n", "parent 1\n"]
 
 
+def test_child_that_comes_back_from_a_fork_runs_no_other_task(queue: Queue, tmp_path: Path) -> None:
+    audit = tmp_path / "audit"
+
+    def fork(x: int) -> int:
+        with audit.open("a") as file:
+            file.write(f"{x}\n")
+        if pid := os.fork():
+            os.waitpid(pid, 0)
+        elif x % 2:
+            raise ValueError("in the child")
+        print("parent", x)
+        return x
+
+    assert logs(queue.map(fork, range(6), chunksize=6)) == [f"parent {x}\n" for x in range(6)]
+    assert audit.read_text() == "0\n1\n2\n3\n4\n5\n"
+
+
 def test_progress_bar_is_kept_as_it_was_written(queue: Queue) -> None:
     def bar(x: int) -> None:
         for percent in range(3):
