@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import re
 import sys
 import threading
 from collections import namedtuple
@@ -414,6 +415,29 @@ def test_errors_are_a_frame_by_task_or_by_type_and_line(queue: Queue) -> None:
     assert whole.wait(LIMIT)
     assert len(whole.errors()) == len(whole.errors(grouped=True)) == 0
     assert whole.errors().columns.tolist() == frame.columns.tolist()
+
+
+def test_group_of_exceptions_is_raised_where_its_first_is(queue: Queue) -> None:
+    async def several(x: int) -> None:
+        async def fails() -> None:
+            raise ValueError(x)
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(fails())
+            tasks.create_task(asyncio.to_thread(int, "no number"))
+
+    async def gives_up(x: int) -> None:
+        try:
+            await several(x)
+        except ExceptionGroup as exc:
+            raise RuntimeError("given up") from exc
+
+    for fn, raised, function in ((several, "ExceptionGroup", "fails"), (gives_up, "RuntimeError", "gives_up")):
+        job = queue.map(fn, [0, 1])
+        job.wait(LIMIT)
+        (place,) = job.errors(grouped=True).index
+        assert place[0] == raised
+        assert re.fullmatch(rf"test_job\.py, line \d+, in {function}", place[1])
 
 
 def test_frame_has_several_iterables_as_columns_and_series_as_rows(queue: Queue) -> None:
