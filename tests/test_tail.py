@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,15 @@ import pytest
 from conftest import MakeCluster, StartScript
 from waiting import wait_for_file, wait_until
 
-from yadtq_nb import Queue, SignatureError, WorkbenchError, codec
+from yadtq_nb import (
+    JobCancelledError,
+    JobNotFoundError,
+    LocalCluster,
+    Queue,
+    SignatureError,
+    WorkbenchError,
+    codec,
+)
 from yadtq_nb.model import ChunkHead, Environment, Written
 from yadtq_nb.slots.capture import CUT
 from yadtq_nb.slots.growth import MOST, Growth
@@ -183,6 +192,25 @@ def test_interrupted_tail_leaves_the_job_running(start_script: StartScript) -> N
     assert output.endswith("['whole']\n")
 
 
+def test_who_follows_or_waits_is_told_by_its_name_that_a_job_was_deleted_or_cancelled(
+    queue: Queue, shared_cluster: LocalCluster
+) -> None:
+    with shared_cluster.queue() as elsewhere:
+        job = queue.map(time.sleep, [LIMIT] * 3, name="gone soon")
+        theirs = elsewhere.job(job.id)
+        threading.Timer(0.5, job.delete).start()
+        with pytest.raises(JobNotFoundError, match="'gone soon' was deleted"):
+            theirs.tail(LIMIT)
+        for seen in (job, theirs):
+            with pytest.raises(JobNotFoundError, match="'gone soon' was deleted"):
+                seen.wait(LIMIT)
+        job = queue.map(time.sleep, [LIMIT] * 3, name="ended soon")
+        theirs = elsewhere.job(job.id)
+        threading.Timer(0.5, job.cancel).start()
+        with pytest.raises(JobCancelledError, match="'ended soon' was cancelled"):
+            theirs.results(LIMIT)
+
+
 def test_two_processes_follow_one_job(start_script: StartScript, queue: Queue) -> None:
     source = """
         import time
@@ -268,8 +296,6 @@ def test_nodes_stop_telling_when_nobody_follows(make_cluster: MakeCluster, monke
 def test_following_goes_on_after_redis_was_emptied(
     make_cluster: MakeCluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import threading
-
     queue = make_cluster(slots=1).queue()
 
     def speak(_: int) -> None:

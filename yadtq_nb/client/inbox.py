@@ -119,7 +119,7 @@ class Inbox:
         with self._lock:
             boards = list(self._boards.values())
         for board in boards:
-            self._end(board, QueueClosedError(f"{why} while job {board.job} ran", job=board.job))
+            self._end(board, QueueClosedError(f"{why} while job {board.name!r} ran", job=board.name))
         self._news.close()
         self._store.close()
 
@@ -186,7 +186,7 @@ class Inbox:
             if reason == "lost":
                 self._compare(board)
                 continue
-            self._end(board, stopped(board.job, reason) if reason else None)
+            self._end(board, stopped(board.name, reason) if reason else None)
 
     def fetch(self, board: Board) -> None:
         """Fetch the outcomes that a board was told of.
@@ -203,7 +203,7 @@ class Inbox:
         try:
             board.put(stored)
         except CodecError as exc:
-            failure = JobError(f"outcomes of job {board.job} cannot be read: {exc}", job=board.job)
+            failure = JobError(f"outcomes of job {board.name!r} cannot be read: {exc}", job=board.name)
             failure.__cause__ = exc
             self._end(board, failure)
 
@@ -248,8 +248,8 @@ class Inbox:
     def _compare(self, board: Board) -> None:
         try:
             record = self._store.record(board.job)
-        except JobNotFoundError as exc:
-            self._end(board, exc)
+        except JobNotFoundError:
+            self._end(board, deleted(board.name))
             return
         if record is not None and record.life > board.life:
             board.reopen()
@@ -284,7 +284,7 @@ class Inbox:
         """Give up a job that the workbench knew once. One that it never knew still waits in the backlog."""
         known = self._last_known.get(board.job)
         if known is not None and time.monotonic() - known > _PATIENCE:
-            self._end(board, JobNotFoundError(f"the queue does not know job {board.job} any more", job=board.job))
+            self._end(board, JobNotFoundError(f"the queue does not know job {board.name!r} any more", job=board.name))
 
 
 def job_state(record: JobRecord) -> JobState:
@@ -309,8 +309,9 @@ def stopped(job: str, reason: str) -> JobError:
 def lost(record: JobRecord) -> JobIncompleteError:
     """Say how many of a job's tasks went with a server's data."""
     return JobIncompleteError(
-        f"job {record.name!r} is incomplete: Redis or Kafka has lost data, and {record.lost} of its {record.total} "
-        "outcomes with it; job.retry() runs just these again, errors='skip' and to_frame() give the others",
+        f"job {record.name!r} is incomplete: {record.lost} of its {record.total} tasks have no outcome, since Redis or "
+        "Kafka has lost data, or their client was gone before it had sent them; job.retry() runs again those of them "
+        "that are kept, errors='skip' and to_frame() give the others",
         job=record.name,
     )
 

@@ -267,10 +267,11 @@ class Job(Sequence[Future[Any]]):
 
         Raises:
             QueueClosedError: the queue was closed in this process meanwhile.
+            JobNotFoundError: the job was deleted.
         """
         self._check_process()
         ended = self._wait(lambda: self._board.ended, _deadline(timeout))
-        if isinstance(self._board.failure, QueueClosedError):
+        if isinstance(self._board.failure, QueueClosedError | JobNotFoundError):
             raise self._board.failure
         return ended
 
@@ -664,6 +665,7 @@ class Job(Sequence[Future[Any]]):
         Raises:
             JobInterrupt: Ctrl-C, or the kernel was interrupted.
             QueueClosedError: the queue was closed in this process meanwhile.
+            JobNotFoundError: the job was deleted.
             SignatureError: what was written is not signed with this queue's secret.
         """
         from yadtq_nb.client.tail import tail
@@ -759,9 +761,10 @@ class Completed:
 
 def attach(link: Link, record: JobRecord) -> Job:
     """Return a job that is known to the queue, whoever has sent it."""
+    total = record.total if record.total >= 0 else None
     return Job(
         link,
-        link.inbox.watch(Board(record.id, link.key, record.total if record.total >= 0 else None), known=True),
+        link.inbox.watch(Board(record.id, link.key, record.name, total), known=True),
         id=record.id,
         name=record.name,
         style=record.style,

@@ -302,7 +302,7 @@ class Link:
         return job
 
     def _new_job(self, packet: Packet, total: int | None) -> tuple[Board, Job]:
-        board = Board(packet.job, self.key, total)
+        board = Board(packet.job, self.key, packet.name, total)
         job = Job(
             self,
             board,
