@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import re
 import sys
 import threading
 from collections import namedtuple
@@ -305,6 +306,27 @@ def test_one_future_can_be_awaited(queue: Queue) -> None:
     assert asyncio.run(main()) == 9
 
 
+def test_awaiting_that_is_cancelled_as_by_an_interrupted_kernel_says_that_the_job_goes_on(
+    queue: Queue, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    job = queue.map(wait_for_file, [str(gate)])
+
+    async def main() -> None:
+        async def cell() -> None:
+            await job
+
+        task = asyncio.create_task(cell())
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError, match=f"{job.name}' goes on"):
+            await task
+
+    asyncio.run(main())
+    gate.touch()
+    assert job.results(LIMIT) == [str(gate)]
+
+
 def test_await_that_is_cancelled_disturbs_no_one(queue: Queue, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     job = queue.map(wait_for_file, [str(gate)])
@@ -393,6 +415,29 @@ def test_errors_are_a_frame_by_task_or_by_type_and_line(queue: Queue) -> None:
     assert whole.wait(LIMIT)
     assert len(whole.errors()) == len(whole.errors(grouped=True)) == 0
     assert whole.errors().columns.tolist() == frame.columns.tolist()
+
+
+def test_group_of_exceptions_is_raised_where_its_first_is(queue: Queue) -> None:
+    async def several(x: int) -> None:
+        async def fails() -> None:
+            raise ValueError(x)
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(fails())
+            tasks.create_task(asyncio.to_thread(int, "no number"))
+
+    async def gives_up(x: int) -> None:
+        try:
+            await several(x)
+        except ExceptionGroup as exc:
+            raise RuntimeError("given up") from exc
+
+    for fn, raised, function in ((several, "ExceptionGroup", "fails"), (gives_up, "RuntimeError", "gives_up")):
+        job = queue.map(fn, [0, 1])
+        job.wait(LIMIT)
+        (place,) = job.errors(grouped=True).index
+        assert place[0] == raised
+        assert re.fullmatch(rf"test_job\.py, line \d+, in {function}", place[1])
 
 
 def test_frame_has_several_iterables_as_columns_and_series_as_rows(queue: Queue) -> None:

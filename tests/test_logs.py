@@ -186,6 +186,23 @@ def test_task_whose_child_forks_and_writes_among_others_neither_hangs_nor_takes_
     assert logs(queue.map(fork, range(2), chunksize=2)) == ["parent 0\n", "parent 1\n"]
 
 
+def test_child_that_comes_back_from_a_fork_runs_no_other_task(queue: Queue, tmp_path: Path) -> None:
+    audit = tmp_path / "audit"
+
+    def fork(x: int) -> int:
+        with audit.open("a") as file:
+            file.write(f"{x}\n")
+        if pid := os.fork():
+            os.waitpid(pid, 0)
+        elif x % 2:
+            raise ValueError("in the child")
+        print("parent", x)
+        return x
+
+    assert logs(queue.map(fork, range(6), chunksize=6)) == [f"parent {x}\n" for x in range(6)]
+    assert audit.read_text() == "0\n1\n2\n3\n4\n5\n"
+
+
 def test_progress_bar_is_kept_as_it_was_written(queue: Queue) -> None:
     def bar(x: int) -> None:
         for percent in range(3):
@@ -284,6 +301,42 @@ def test_task_that_replaces_or_closes_stdout_costs_the_next_chunk_nothing(
         assert "".join(logs(queue.map(rewrap, range(chunksize), chunksize=chunksize))) == "in a buffer\n" * chunksize
         assert set(logs(queue.map(close, range(chunksize), chunksize=chunksize))) == {"after close\n"}
         assert logs(queue.map(speak, range(chunksize), chunksize=chunksize))[0].startswith("one 0\ntwo 0\n")
+
+
+@pytest.mark.parametrize("chunksize", [1, 2])
+def test_task_that_spoils_stdout_for_itself_spoils_it_for_no_later_chunk(
+    make_cluster: MakeCluster, chunksize: int
+) -> None:
+    def detach(x: int) -> None:
+        if not x:
+            sys.stdout.detach()
+
+    def reconfigure(x: int) -> None:
+        sys.stdout.reconfigure(encoding="ascii", errors="strict", write_through=False)  # type: ignore[union-attr]
+
+    def delete(x: int) -> None:
+        if not x:
+            del sys.stdout
+
+    def close(x: int) -> None:
+        if not x:
+            os.close(1)
+            os.close(2)
+
+    def silence(x: int) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+    def say(x: int) -> None:
+        print("é\udc80", x)
+        print("err", x, file=sys.stderr)
+
+    with make_cluster(1).queue() as queue:
+        for spoil in (detach, reconfigure, delete, close, silence):
+            job = queue.map(spoil, range(chunksize), chunksize=chunksize)
+            assert job.results(LIMIT) == [None] * chunksize, spoil.__name__
+            later = queue.map(say, range(chunksize), chunksize=chunksize)
+            assert later.results(LIMIT) == [None] * chunksize, spoil.__name__
+            assert logs(later) == [f"é\\udc80 {x}\nerr {x}\n" for x in range(chunksize)], spoil.__name__
 
 
 def test_task_that_redirects_stdout_keeps_what_it_has_redirected(queue: Queue) -> None:

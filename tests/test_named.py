@@ -287,8 +287,7 @@ def test_who_waits_for_a_job_in_another_program_hears_that_it_was_deleted(
     assert done.wait(LIMIT)
     stuck = queue.map(wait_for_file, [str(tmp_path / "never")], name="stuck and deleted")
     source = """
-        stuck, done, seen = (queue.job(name) for name in ("stuck and deleted", "done and deleted", "done and deleted"))
-        seen.results(30)
+        stuck, done = (queue.job(name) for name in ("stuck and deleted", "done and deleted"))
         print("attached", flush=True)
         for use in (lambda: stuck.results(30), lambda: done.results(30), lambda: done.state, done.to_frame):
             try:

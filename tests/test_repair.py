@@ -12,7 +12,7 @@ from conftest import MakeCluster
 from test_wipe import wipe
 from waiting import wait_until
 
-from yadtq_nb import JobError, Queue
+from yadtq_nb import JobError, LocalCluster, Queue
 from yadtq_nb.model import JobState
 
 __import__("cloudpickle").register_pickle_by_value(sys.modules[__name__])
@@ -182,6 +182,76 @@ def test_more_items_join_a_job_that_has_ended_and_one_that_runs(queue: Queue) ->
     assert len(queue.job("halves").results(LIMIT)) == 57
     assert job.state is JobState.SUCCEEDED
     assert queue.map(inverse, [1, 2, 0, 4], name="halves").id == job.id, "the same cell attaches"
+
+
+def test_repair_is_seen_by_all_who_have_the_job_also_when_it_had_ended_for_them(
+    queue: Queue, shared_cluster: LocalCluster
+) -> None:
+    job = queue.map(odd_fails, range(6))
+    job.wait(LIMIT)
+    twin = queue.job(job.id)
+    with shared_cluster.queue() as elsewhere:
+        theirs = elsewhere.job(job.id)
+        for seen in (twin, theirs):
+            assert len(seen.errors()) == 3
+        assert job.retry(slowly) == 3
+        wait_until(lambda: theirs.wait(LIMIT) and theirs.errors().empty)
+        for seen in (job, twin, theirs):
+            assert seen.results(LIMIT) == list(range(6))
+            assert seen[1].result(LIMIT) == 1
+        theirs.extend([6, 7])
+        wait_until(lambda: len(job) == 8)
+        for seen in (job, twin, theirs):
+            assert seen.results(LIMIT) == list(range(8))
+            assert len(seen.to_frame()) == 8
+
+
+def test_who_waits_for_a_job_in_another_process_gets_the_tasks_that_join_it_too(
+    queue: Queue, shared_cluster: LocalCluster
+) -> None:
+    job = queue.map(lambda x: (time.sleep(0.2), x)[1], range(8), chunksize=1)
+    with shared_cluster.queue() as elsewhere:
+        theirs = elsewhere.job(job.id)
+        assert len(theirs) == 8
+        job.extend(range(8, 12))
+        assert theirs.results(LIMIT) == list(range(12))
+        assert len(theirs) == len(theirs.to_frame()) == 12
+        assert sorted(future.index for future in theirs.as_completed()) == list(range(12))
+
+
+def test_who_repairs_is_not_taken_for_dead_by_others_nor_by_who_comes_second(
+    queue: Queue, shared_cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("yadtq_nb.client.inbox._SENDING", 0.0)  # as with a job that is older
+    job = queue.map(odd_fails, range(6))
+    job.wait(LIMIT)
+    with shared_cluster.queue() as elsewhere:
+        theirs = elsewhere.job(job.id)
+        link: Any = job.link
+        send_safely, states = link.mailer.send_safely, list[JobState]()
+
+        def slow_to_send(entry: Any) -> None:
+            states.append(theirs.state)
+            send_safely(entry)
+
+        monkeypatch.setattr(link.mailer, "send_safely", slow_to_send)
+        job.extend([6, 8])
+        assert job.results(LIMIT, errors="skip") == [0, 2, 4, 6, 8]
+        assert states[0] is JobState.RUNNING, "when the journal is told, before anything is sent"
+
+        store: Any = theirs.link.store  # type: ignore[attr-defined]
+        reopen, known = store.reopen, link.store.record(job.id)
+
+        def second(*args: Any, **how: Any) -> int:
+            link.inbox.sending(job.id)
+            assert link.store.reopen(known, total=8)
+            return reopen(*args, **how)
+
+        monkeypatch.setattr(store, "reopen", second)
+        with pytest.raises(JobError, match="still being sent"):
+            theirs.retry()
+        assert job.state is JobState.RUNNING
+        link.inbox.sent(job.id)
 
 
 def test_what_cannot_be_repaired_says_so(queue: Queue) -> None:

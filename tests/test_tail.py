@@ -5,21 +5,31 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
 from conftest import MakeCluster, StartScript
 from waiting import wait_for_file, wait_until
 
-from yadtq_nb import Queue, SignatureError, codec
+from yadtq_nb import (
+    JobCancelledError,
+    JobNotFoundError,
+    LocalCluster,
+    Queue,
+    SignatureError,
+    WorkbenchError,
+    codec,
+)
 from yadtq_nb.model import ChunkHead, Environment, Written
 from yadtq_nb.slots.capture import CUT
 from yadtq_nb.slots.growth import MOST, Growth
 from yadtq_nb.workbench import bench
 from yadtq_nb.workbench.jobs import JobStore
+from yadtq_nb.worker import teller
 
 pytestmark = pytest.mark.one_stack
 
@@ -184,6 +194,25 @@ def test_interrupted_tail_leaves_the_job_running(start_script: StartScript) -> N
     assert output.endswith("['whole']\n")
 
 
+def test_who_follows_or_waits_is_told_by_its_name_that_a_job_was_deleted_or_cancelled(
+    queue: Queue, shared_cluster: LocalCluster
+) -> None:
+    with shared_cluster.queue() as elsewhere:
+        job = queue.map(time.sleep, [LIMIT] * 3, name="gone soon")
+        theirs = elsewhere.job(job.id)
+        threading.Timer(0.5, job.delete).start()
+        with pytest.raises(JobNotFoundError, match="'gone soon' was deleted"):
+            theirs.tail(LIMIT)
+        for seen in (job, theirs):
+            with pytest.raises(JobNotFoundError, match="'gone soon' was deleted"):
+                seen.wait(LIMIT)
+        job = queue.map(time.sleep, [LIMIT] * 3, name="ended soon")
+        theirs = elsewhere.job(job.id)
+        threading.Timer(0.5, job.cancel).start()
+        with pytest.raises(JobCancelledError, match="'ended soon' was cancelled"):
+            theirs.results(LIMIT)
+
+
 def test_two_processes_follow_one_job(start_script: StartScript, queue: Queue) -> None:
     source = """
         import time
@@ -269,8 +298,6 @@ def test_nodes_stop_telling_when_nobody_follows(make_cluster: MakeCluster, monke
 def test_following_goes_on_after_redis_was_emptied(
     make_cluster: MakeCluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import threading
-
     queue = make_cluster(slots=1).queue()
 
     def speak(_: int) -> None:
@@ -291,6 +318,33 @@ def test_following_goes_on_after_redis_was_emptied(
     numbers = [int(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if "line" in line]
     assert numbers[0] < 15
     assert numbers[-1] > 60
+
+
+def test_what_is_written_while_redis_is_away_is_told_when_it_is_back_and_a_gap_is_said() -> None:
+    told, away, looks = list[Written](), True, 0
+
+    class Bench:
+        def tell(self, written: list[Written]) -> None:
+            if away:
+                raise WorkbenchError("Redis is away")
+            told.extend(written)
+
+        def close(self) -> None: ...
+
+    def grown(_: frozenset[str]) -> list[Written]:
+        nonlocal looks
+        looks += 1
+        long = b"x" * (teller._WAITING // 2)
+        return [Written("j", looks, looks, b"%d " % looks + long)] if looks <= 4 else []
+
+    thread = teller.Teller(lambda: cast(bench.Workbench, Bench()), grown)
+    thread.follow(frozenset({"j"}))
+    wait_until(lambda: looks > 4)
+    away = False
+    wait_until(lambda: told)
+    thread.close()
+    assert [one.first for one in told] == [4]
+    assert told[0].text.startswith(CUT + b"4 x")
 
 
 # A slot's log

@@ -201,9 +201,15 @@ class Table:
 class Board:
     """What has come of one job. Filled by the inbox's thread, read and waited on by any."""
 
-    def __init__(self, job: str, secret: bytes) -> None:
+    def __init__(self, job: str, secret: bytes, name: str, total: int | None = None) -> None:
         self.job = job
+        #: What people know the job by.
+        self.name = name
         self._secret = secret
+        #: Number of tasks, where it is known; whoever has opened the job again may have added some.
+        self.total = total
+        #: How often the job had been opened again when this was last brought up to date.
+        self.life = 0
         self._changed = threading.Condition()
         self._segments: dict[str, Outcomes] = {}
         self._order: list[Outcomes] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
@@ -16,6 +17,8 @@ from yadtq_nb.model import State
 def waiting(job: str) -> Iterator[None]:
     """Wait for a job in the block: a task's slot is lent meanwhile, and Ctrl-C says that the job goes on.
 
+    So does the cancellation of a coroutine, which is what an interrupted kernel makes of a cell that awaits.
+
     Raises:
         JobInterrupt: Ctrl-C, or the kernel was interrupted.
     """
@@ -23,10 +26,17 @@ def waiting(job: str) -> Iterator[None]:
         with lending.waiting():
             yield
     except KeyboardInterrupt:
-        raise JobInterrupt(
-            f"job {job!r} goes on: end it with job.cancel(), or wait for it again, here or elsewhere, "
-            f"with queue.job({job!r})"
-        ) from None
+        raise JobInterrupt(_goes_on(job)) from None
+    except asyncio.CancelledError as exc:
+        exc.args = exc.args or (_goes_on(job),)
+        raise
+
+
+def _goes_on(job: str) -> str:
+    return (
+        f"job {job!r} goes on: end it with job.cancel(), or wait for it again, here or elsewhere, "
+        f"with queue.job({job!r})"
+    )
 
 
 class _Owner(Protocol):

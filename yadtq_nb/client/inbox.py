@@ -6,9 +6,11 @@ outcomes that really lie in the workbench.
 
 from __future__ import annotations
 
+import collections
 import logging
 import threading
 import time
+import weakref
 from typing import Final
 
 from yadtq_nb.client.board import Board
@@ -53,7 +55,10 @@ class Inbox:
         self._news = JobStore(config, queue)
         self._store = JobStore(config, queue)
         self._boards: dict[str, Board] = {}
-        self._sending: set[str] = set()
+        #: Boards of jobs that have ended, as long as someone has them: such a job may be opened again, by anyone.
+        self._ended: weakref.WeakValueDictionary[str, Board] = weakref.WeakValueDictionary()
+        #: Job to how many in this process send it, or are about to.
+        self._sending: collections.Counter[str] = collections.Counter()
         #: Job to when the workbench was last seen to know it.
         self._last_known: dict[str, float] = {}
         self._lock = threading.Lock()
@@ -64,7 +69,7 @@ class Inbox:
         self._thread.start()
 
     def watch(self, board: Board, *, known: bool) -> Board:
-        """Fill a board until its job ends, and return it, or the one that is filled for this job already.
+        """Fill a board until its job ends, and return it, or the one that there is for this job already.
 
         Args:
             known: the job may have outcomes already.
@@ -73,9 +78,12 @@ class Inbox:
             WorkbenchError: Redis cannot be reached.
         """
         with self._lock:
-            watched = self._boards.setdefault(board.job, board)
-        if known and watched is board:
-            patiently(lambda: self._compare(board), PATIENCE)
+            watched = self._boards.get(board.job) or self._ended.get(board.job) or board
+            self._boards[board.job] = watched
+        if watched.ended and watched.failure is not None:
+            watched.reopen()  # why it ended may hold no more
+        if known and (watched is board or watched.ended):
+            patiently(lambda: self._compare(watched), PATIENCE)
         return watched
 
     def want(self, board: Board) -> None:
@@ -90,7 +98,7 @@ class Inbox:
     def sending(self, job: str) -> None:
         """Tell the queue now and then that this process still sends a job."""
         with self._lock:
-            self._sending.add(job)
+            self._sending[job] += 1
         try:
             patiently(lambda: self._store.say_sending(job), PATIENCE)
         except WorkbenchError as exc:
@@ -100,7 +108,9 @@ class Inbox:
     def sent(self, job: str) -> None:
         """Stop telling so."""
         with self._lock:
-            self._sending.discard(job)
+            self._sending[job] -= 1
+            if self._sending[job] <= 0:
+                del self._sending[job]
 
     def close(self, why: str) -> None:
         """Stop listening: whoever waits for a job is told why."""
@@ -109,7 +119,7 @@ class Inbox:
         with self._lock:
             boards = list(self._boards.values())
         for board in boards:
-            self._end(board, QueueClosedError(f"{why} while job {board.job} ran", job=board.job))
+            self._end(board, QueueClosedError(f"{why} while job {board.name!r} ran", job=board.name))
         self._news.close()
         self._store.close()
 
@@ -154,9 +164,11 @@ class Inbox:
         ended: list[tuple[Board, str]] = []
         for entry in news:
             board = self._boards.get(entry.job)
+            if board is None and entry.reopened:
+                board = self._ended.get(entry.job)
             if board is None:
                 continue
-            if entry.reopened:
+            if entry.reopened > board.life:
                 self.reopen(board)
             if entry.dropped:
                 board.drop(entry.dropped)
@@ -174,7 +186,7 @@ class Inbox:
             if reason == "lost":
                 self._compare(board)
                 continue
-            self._end(board, stopped(board.job, reason) if reason else None)
+            self._end(board, stopped(board.name, reason) if reason else None)
 
     def fetch(self, board: Board) -> None:
         """Fetch the outcomes that a board was told of.
@@ -191,7 +203,7 @@ class Inbox:
         try:
             board.put(stored)
         except CodecError as exc:
-            failure = JobError(f"outcomes of job {board.job} cannot be read: {exc}", job=board.job)
+            failure = JobError(f"outcomes of job {board.name!r} cannot be read: {exc}", job=board.name)
             failure.__cause__ = exc
             self._end(board, failure)
 
@@ -215,6 +227,7 @@ class Inbox:
         with self._lock:
             self._boards.pop(board.job, None)
             self._last_known.pop(board.job, None)
+            self._ended[board.job] = board
 
     # When the news cannot be trusted to be whole.
 
@@ -235,9 +248,12 @@ class Inbox:
     def _compare(self, board: Board) -> None:
         try:
             record = self._store.record(board.job)
-        except JobNotFoundError as exc:
-            self._end(board, exc)
+        except JobNotFoundError:
+            self._end(board, deleted(board.name))
             return
+        if record is not None and record.life > board.life:
+            board.reopen()
+            board.life, board.total = record.life, record.total
         for field in board.missing(self._store.fields(board.job)):
             board.tell(field, 0)
         if board.wanted:
@@ -268,7 +284,7 @@ class Inbox:
         """Give up a job that the workbench knew once. One that it never knew still waits in the backlog."""
         known = self._last_known.get(board.job)
         if known is not None and time.monotonic() - known > _PATIENCE:
-            self._end(board, JobNotFoundError(f"the queue does not know job {board.job} any more", job=board.job))
+            self._end(board, JobNotFoundError(f"the queue does not know job {board.name!r} any more", job=board.name))
 
 
 def job_state(record: JobRecord) -> JobState:
@@ -293,8 +309,9 @@ def stopped(job: str, reason: str) -> JobError:
 def lost(record: JobRecord) -> JobIncompleteError:
     """Say how many of a job's tasks went with a server's data."""
     return JobIncompleteError(
-        f"job {record.name!r} is incomplete: Redis or Kafka has lost data, and {record.lost} of its {record.total} "
-        "outcomes with it; job.retry() runs just these again, errors='skip' and to_frame() give the others",
+        f"job {record.name!r} is incomplete: {record.lost} of its {record.total} tasks have no outcome, since Redis or "
+        "Kafka has lost data, or their client was gone before it had sent them; job.retry() runs again those of them "
+        "that are kept, errors='skip' and to_frame() give the others",
         job=record.name,
     )
 

@@ -84,7 +84,7 @@ class Link(Protocol):
     ) -> Packet: ...
     def cancel(self, job: str) -> int: ...
     def delete(self, job: str) -> bool: ...
-    def extend(self, job: str, name: str, board: Board, items: list[Any]) -> int: ...
+    def extend(self, job: str, name: str, board: Board, items: list[Any]) -> None: ...
 
 
 class Job(Sequence[Future[Any]]):
@@ -107,7 +107,6 @@ class Job(Sequence[Future[Any]]):
         *,
         id: str,
         name: str,
-        total: int | None,
         style: CallStyle,
         created: float,
         parameters: Sequence[str] = (),
@@ -116,7 +115,6 @@ class Job(Sequence[Future[Any]]):
         self.name = name
         self._link = link
         self._board = board
-        self._total = total
         self._style = style
         self._created = created
         self._parameters = parameters
@@ -163,7 +161,7 @@ class Job(Sequence[Future[Any]]):
 
     def _has(self, index: int) -> bool:
         board = self._board
-        if self._total is None and index < board.done:
+        if board.total is None and index < board.done:
             return True
         total = self._known_total()
         if total is None:
@@ -270,10 +268,11 @@ class Job(Sequence[Future[Any]]):
 
         Raises:
             QueueClosedError: the queue was closed in this process meanwhile.
+            JobNotFoundError: the job was deleted.
         """
         self._check_process()
         ended = self._wait(lambda: self._board.ended, _deadline(timeout))
-        if isinstance(self._board.failure, QueueClosedError):
+        if isinstance(self._board.failure, QueueClosedError | JobNotFoundError):
             raise self._board.failure
         return ended
 
@@ -381,7 +380,7 @@ class Job(Sequence[Future[Any]]):
         if self._style not in ("item", "star"):
             raise JobError(f"job {self.name!r} is not one of map or starmap: it cannot be extended", job=self.name)
         if items:
-            self._total = self._link.extend(self.id, self.name, self._board, items)
+            self._link.extend(self.id, self.name, self._board, items)
             self._link.inbox.reopen(self._board)
 
     def cancel_tasks(self, indices: Iterable[int]) -> list[int]:
@@ -453,9 +452,9 @@ class Job(Sequence[Future[Any]]):
         """Counts of tasks by state, with rate and estimated time to the end."""
         record = self._record()
         if record is None:
-            total = self._total
+            total = self._board.total
             return Progress(total or 0, 0, 0, 0, 0, total, 0.0, None, max(0.0, time.time() - self._created))
-        return progress(record, self._total)
+        return progress(record, self._board.total)
 
     def task_state(self, index: int) -> State:
         """Return a task's state, as far as this process has heard."""
@@ -484,11 +483,12 @@ class Job(Sequence[Future[Any]]):
         return self._link.store.record(self.id)
 
     def _known_total(self) -> int | None:
-        if self._total is None:
+        board = self._board
+        if board.total is None:
             record = patiently(self._record, PATIENCE)
             if record is not None and record.total >= 0:
-                self._total = record.total
-        return self._total
+                board.total = record.total
+        return board.total
 
     # As a table.
 
@@ -666,6 +666,7 @@ class Job(Sequence[Future[Any]]):
         Raises:
             JobInterrupt: Ctrl-C, or the kernel was interrupted.
             QueueClosedError: the queue was closed in this process meanwhile.
+            JobNotFoundError: the job was deleted.
             SignatureError: what was written is not signed with this queue's secret.
         """
         from yadtq_nb.client.tail import tail
@@ -762,12 +763,12 @@ class Completed:
 
 def attach(link: Link, record: JobRecord) -> Job:
     """Return a job that is known to the queue, whoever has sent it."""
+    total = record.total if record.total >= 0 else None
     return Job(
         link,
-        link.inbox.watch(Board(record.id, link.key), known=True),
+        link.inbox.watch(Board(record.id, link.key, record.name, total), known=True),
         id=record.id,
         name=record.name,
-        total=record.total if record.total >= 0 else None,
         style=record.style,
         created=record.created,
         parameters=record.parameters,

@@ -302,13 +302,12 @@ class Link:
         return job
 
     def _new_job(self, packet: Packet, total: int | None) -> tuple[Board, Job]:
-        board = Board(packet.job, self.key)
+        board = Board(packet.job, self.key, packet.name, total)
         job = Job(
             self,
             board,
             id=packet.job,
             name=packet.name,
-            total=total,
             style=packet.style,
             created=packet.created,
             parameters=packet.parameters,
@@ -372,8 +371,8 @@ class Link:
             needs=needed,
         )
 
-    def extend(self, job: str, name: str, board: Board, items: list[Any]) -> int:
-        """Start sending more items of a job, and return how many tasks it has then.
+    def extend(self, job: str, name: str, board: Board, items: list[Any]) -> None:
+        """Start sending more items of a job.
 
         Raises:
             JobNotFoundError, JobError: it was cancelled, or not sent whole, or is not kept.
@@ -384,15 +383,18 @@ class Link:
                 sender.finished.wait(FLUSH)
         seen = repair.known(self, job, name)
         packet = repair.recorded(self, seen)
-        life = self._reopen_for(len(items), seen)
-        while not life:  # it has ended meanwhile, or someone else was first
-            seen = repair.known(self, job, name)
+        self.inbox.sending(job)  # said before it is opened, lest it be taken for one whose client has died
+        try:
             life = self._reopen_for(len(items), seen)
-        total = seen.total + len(items)
-        self.mailer.send_safely(Reopen(job, life, 0, total))
-        ends = patiently(lambda: self.store.ends(job), PATIENCE)
-        self._start_sending(packet, items, board, total=total, first=seen.total, life=life, ends=ends)
-        return total
+            while not life:  # it has ended meanwhile, or someone else was first
+                seen = repair.known(self, job, name)
+                life = self._reopen_for(len(items), seen)
+            total = seen.total + len(items)
+            self.mailer.send_safely(Reopen(job, life, 0, total))
+            ends = patiently(lambda: self.store.ends(job), PATIENCE)
+            self._start_sending(packet, items, board, total=total, first=seen.total, life=life, ends=ends)
+        finally:
+            self.inbox.sent(job)
 
     def _reopen_for(self, more: int, seen: JobRecord) -> int:
         if seen.cancel:

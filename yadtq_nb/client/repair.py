@@ -84,6 +84,7 @@ def retry(link: Link, job: str, name: str, fixed: Packet | None) -> int:
             return 0
         ended = seen.ended is not None
         places = _places(link, seen, again.wanted)
+        life = 0
         link.inbox.sending(job)
         try:
             life = patiently(
@@ -104,8 +105,9 @@ def retry(link: Link, job: str, name: str, fixed: Packet | None) -> int:
                 return _send(link, seen, life, places, fixed)
         finally:
             link.inbox.sent(job)
-            with contextlib.suppress(WorkbenchError):  # the queue will see by itself
-                link.store.stop_sending(job)
+            if life:  # else another client may be sending
+                with contextlib.suppress(WorkbenchError):  # the queue will see by itself
+                    link.store.stop_sending(job)
     raise JobError(f"job {name!r} changes while it is looked at: try again", job=name)
 
 

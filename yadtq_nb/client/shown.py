@@ -18,10 +18,14 @@ _DAY: Final = 86_400.0
 _JOBS: Final = 50
 _SHOW_LOST: Final = 3_600.0
 
-_FRAME: Final = re.compile(r'^  File "(?P<file>[^"\n]+)", line (?P<line>\d+), in (?P<function>.+)$', re.MULTILINE)
+#: With the bars that are drawn beside a group of exceptions.
+_FRAME: Final = re.compile(r'^[ |]*  File "(?P<file>[^"\n]+)", line (?P<line>\d+), in (?P<function>.+)$', re.MULTILINE)
 #: Files of notebook cells: ipykernel's and IPython's.
 _CELL: Final = re.compile(r"ipykernel_\d+|<ipython-input|<string>")
-_CELL_FILE: Final = re.compile(r'(?<=^  File )"[^"\n]*(?:ipykernel_\d+|<ipython-input)[^"\n]*"', re.MULTILINE)
+_CELL_FILE: Final = re.compile(r'^([ |]*  File )"[^"\n]*(?:ipykernel_\d+|<ipython-input)[^"\n]*"', re.MULTILINE)
+#: Where each exception of a chain begins, and where the second of a group does.
+_HEAD: Final = re.compile(r"^(?:  \+ Exception Group )?Traceback ", re.MULTILINE)
+_SECOND: Final = re.compile(r"^[ |]*\+-+ 2 -+$", re.MULTILINE)
 
 
 class FirstErrors:
@@ -62,7 +66,7 @@ class FirstErrors:
 
     def _note(self, index: int, info: ErrorInfo) -> None:
         key = info.type_name, place(info.traceback)
-        traceback = _CELL_FILE.sub('"cell"', info.traceback)
+        traceback = _CELL_FILE.sub(r'\1"cell"', info.traceback)
         known = self._groups.get(key)
         if known is None and len(self._groups) < _GROUPS:
             self._groups[key] = ErrorGroup(*key, info.message, traceback, index, 1)
@@ -72,9 +76,12 @@ class FirstErrors:
 
 
 def place(traceback: str) -> str:
-    """Return where an exception was raised, by its formatted traceback; "" when that does not say."""
+    """Return where an exception was raised, by its formatted traceback; "" when that does not say.
+
+    Of a group of exceptions, where the first of them was.
+    """
     found = None
-    for found in _FRAME.finditer(traceback):  # noqa: B007  # the last one is wanted
+    for found in _FRAME.finditer(_SECOND.split(_HEAD.split(traceback)[-1], maxsplit=1)[0]):  # noqa: B007  # the last one is wanted
         pass
     if found is None:
         return ""

@@ -51,8 +51,10 @@ def _follow(store: JobStore, job: str, ended: Callable[[], bool], until: float |
                 newest = store.follow(job)
                 if not position:
                     store.ring("follow")
-                if not position or _number(newest) < _number(position):
-                    position = newest  # the first time; or Redis was emptied
+                if not position:
+                    position = newest
+                elif _number(newest) < _number(position):
+                    position = "0-0"  # Redis was emptied: all that is there is new
                 said_at = now
             position, written, missed = store.written(job, position, 0.25)
         except CodecError:

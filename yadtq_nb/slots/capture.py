@@ -36,6 +36,8 @@ _TOGETHER: Final = 1024 * 1024
 _LINE: Final = 8 * 1024
 #: Stands where something was cut off.
 CUT: Final = b"[... cut ...]\n"
+#: Encoding, treatment of what it lacks, and write-through of the streams.
+_HOW: Final = "utf-8", "backslashreplace", True
 #: Seconds for which a log is looked at again that is just being cut.
 _CUTTING: Final = 0.1
 
@@ -111,6 +113,7 @@ class Capture:
     def __init__(self, progress: memoryview, log: str) -> None:
         """Take the place of sys.stdout and sys.stderr; their file descriptors have been given to the log by then."""
         self._progress = progress
+        self._path = log
         self._log = os.open(log, os.O_RDONLY | os.O_CLOEXEC)
         self._lock = threading.RLock()
         self._kept: dict[int, bytearray] = {}
@@ -126,21 +129,50 @@ class Capture:
         os.register_at_fork(after_in_child=self._stop)
 
     def _open_streams(self) -> None:
-        out = io.TextIOWrapper(self._raw[0], "utf-8", "backslashreplace", write_through=True)
-        err = io.TextIOWrapper(self._raw[1], "utf-8", "backslashreplace", write_through=True)
+        encoding, errors, through = _HOW
+        out = io.TextIOWrapper(self._raw[0], encoding, errors, write_through=through)
+        err = io.TextIOWrapper(self._raw[1], encoding, errors, write_through=through)
         self._streams = out, err
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__ = self._streams  # type: ignore[misc]  # mypy thinks that they are final
 
     def begin(self, first: int, todo: Sequence[int]) -> None:
         """Forget the tasks before: those at offsets todo are next, of a chunk whose first has that index."""
-        if sys.stdout is not self._streams[0] or sys.stderr is not self._streams[1]:
-            self._open_streams()  # a task has put something in their place, and left it there
+        self._restore_fds()
+        if self._is_spoilt():
+            self._open_streams()
         with self._lock:
             self._first, self._together = first, False
             self._alone = len(todo) == 1
             self._progress[WRITER] = ALONE if self._alone else READING
             if self._kept or self._cut:
                 self._forget()
+
+    def _is_spoilt(self) -> bool:
+        """Tell whether a task has put something in the place of the streams, or changed them, and left it so."""
+        try:
+            if (sys.stdout, sys.stderr) != self._streams:
+                return True
+            return any(
+                stream.buffer is not raw or (stream.encoding, stream.errors, stream.write_through) != _HOW
+                for stream, raw in zip(self._streams, self._raw, strict=True)
+            )
+        except (AttributeError, ValueError):  # deleted; detached
+            return True
+
+    def _restore_fds(self) -> None:
+        """Have file descriptors 1 and 2 be the log, which a task may have closed, or turned elsewhere for good."""
+        log = os.fstat(self._log)
+        for fd in (1, 2):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(fd), log):
+                    continue
+            with contextlib.suppress(OSError):  # the disk is full; the directory has gone
+                opened = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+                if opened != fd:
+                    os.dup2(opened, fd)
+                    os.close(opened)
+                else:
+                    os.set_inheritable(fd, True)
 
     def run_together(self) -> None:
         """Be told that they run side by side."""
@@ -158,7 +190,8 @@ class Capture:
 
     def flush(self) -> None:
         """Bring what lies in buffers to where it belongs."""
-        for stream, ours in zip((sys.stdout, sys.stderr), self._streams, strict=True):
+        for name, ours in zip(("stdout", "stderr"), self._streams, strict=True):
+            stream = getattr(sys, name, ours)
             if stream is not ours:
                 with contextlib.suppress(Exception):  # a task's own
                     stream.flush()

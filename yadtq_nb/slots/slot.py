@@ -110,9 +110,11 @@ class Slot:
             lending.depth = head.depth
             outcomes.retry_on(head.policy, types)
             self._reporter.begin(outcomes)
-            self._run_tasks(head, call, items, todo, outcomes)
-        if os.getpid() != self._pid:
-            os._exit(0)  # a task has forked, and the child has come back: it must not speak for the slot
+            try:
+                self._run_tasks(head, call, items, todo, outcomes)
+            finally:
+                if os.getpid() != self._pid:
+                    os._exit(0)  # a task has forked, and the child has come back: it must not speak for the slot
         pending.finish()  # once the chunk is told done, this slot may be replaced
         self._capture.flush()  # what a task has put in the place of sys.stdout may hold something back
         self._reporter.finish(outcomes)
@@ -296,7 +298,9 @@ def _serve(sock: socket.socket, progress_fd: int, log: str) -> NoReturn:
     os.close(output)
     progress = memoryview(mmap.mmap(progress_fd, wire.PROGRESS_SIZE)).cast("I")
     os.close(progress_fd)
-    capture = Capture(progress, log)
+    capture = Capture(progress[:], log)
+    # A child that a task has forked, and that comes back from it, must run no other task: what asks raises there.
+    os.register_at_fork(after_in_child=progress.release)
     faulthandler.enable()  # a segfault tells where, and the pool shows it
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, functools.partial(_leave_to_node, os.getpid(), progress))

@@ -117,8 +117,8 @@ class News(msgspec.Struct, frozen=True):
     cancel: str = ""
     #: Indices of tasks that were cancelled one by one.
     dropped: tuple[int, ...] = ()
-    #: True when the job was opened again: what has failed may count no more.
-    reopened: bool = False
+    #: Number of the job's life when it was opened again: what has failed may count no more, or there are more tasks.
+    reopened: int = 0
 
 
 class Stored(msgspec.Struct, frozen=True):
@@ -620,7 +620,7 @@ def _news(fields: dict[bytes, bytes]) -> News:
         fields[b"e"] == b"1",
         fields.get(b"c", b"").decode(),
         tuple(map(int, msgspec.msgpack.decode(fields[b"s"]))) if b"s" in fields else (),
-        b"r" in fields,
+        int(fields.get(b"r", 0)),
     )
 
 

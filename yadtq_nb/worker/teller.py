@@ -7,14 +7,19 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
+import msgspec
+
 from yadtq_nb.errors import WorkbenchError
 from yadtq_nb.model import Written
+from yadtq_nb.slots.capture import marked
 from yadtq_nb.workbench.bench import Workbench
 
 log = logging.getLogger(__name__)
 
 #: Seconds between looks at what was written.
 _EVERY: Final = 0.25
+#: Most that waits while Redis is away, in bytes.
+_WAITING: Final = 256 * 1024
 
 
 class Teller:
@@ -51,15 +56,30 @@ class Teller:
             self._thread.join()
 
     def _run(self) -> None:
-        bench = self._connect()
+        bench, waiting = self._connect(), list[Written]()
         while True:
             self._changed.wait(_EVERY if self._jobs else None)
             self._changed.clear()
-            if written := self._grown(self._jobs):
+            waiting += self._grown(self._jobs)
+            if waiting:
                 try:
-                    bench.tell(written)
-                except WorkbenchError as exc:  # it is worth less than what the node does else
-                    log.warning("what tasks write is not told: %s", exc)
+                    bench.tell(waiting)
+                    waiting = []
+                except WorkbenchError as exc:
+                    log.warning("what tasks write waits: %s", exc)
+                    waiting = _end_of(waiting)
             if self._closing:
                 break
         bench.close()
+
+
+def _end_of(written: list[Written]) -> list[Written]:
+    """Return the last of it, with a mark where something was left out."""
+    kept, size = list[Written](), 0
+    for one in reversed(written):
+        size += len(one.text)
+        if kept and size > _WAITING:
+            kept[-1] = msgspec.structs.replace(kept[-1], text=marked(kept[-1].text))
+            break
+        kept.append(one)
+    return kept[::-1]

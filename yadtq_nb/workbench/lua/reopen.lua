@@ -36,7 +36,5 @@ if voided > 0 then
 end
 redis.call('SREM', key('sealed'), job)
 expire_job(job, keep * 4)
-if voided > 0 or ARGV[9] == '1' then
-  tell(job, 'f', '', 'n', 0, 'e', 0, 'r', life)
-end
+tell(job, 'f', '', 'n', 0, 'e', 0, 'r', life)
 return life
