@@ -107,14 +107,14 @@ def _measure_floor(cluster: LocalCluster, given: argparse.Namespace, one: list[f
 
 
 def _idle(seconds: float = 10.0) -> dict[str, float]:
-    """Return what the stack's processes use while nothing happens: percent of one core, and MB, without Kafka."""
-    processes = [p for p in psutil.Process().children(recursive=True) if "joblib" not in " ".join(p.cmdline())]
+    """Return what the stack's processes use while nothing happens: percent of one core, and MB, without Kafka's Java."""
+    others = [p for p in psutil.Process().children(recursive=True) if p.name() != "java"]
+    processes = [p for p in others if "joblib" not in " ".join(p.cmdline())]
     time.sleep(2)  # what the maps have left to do is not idleness
     before = [sum(p.cpu_times()[:2]) for p in processes]
     time.sleep(seconds)
     used = sum(sum(p.cpu_times()[:2]) - b for p, b in zip(processes, before, strict=True))
-    java = [p for p in processes if p.name() == "java"]
-    memory = sum(p.memory_full_info().pss for p in processes if p not in java)
+    memory = sum(p.memory_full_info().pss for p in processes)
     return {"idle_cpu_percent": 100 * used / seconds, "stack_pss_mb": memory / 2**20}
 
 
