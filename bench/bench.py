@@ -107,7 +107,7 @@ def _measure_floor(cluster: LocalCluster, given: argparse.Namespace, one: list[f
 
 
 def _idle(seconds: float = 10.0) -> dict[str, float]:
-    """Return what the stack's processes use while nothing happens: percent of one core, and MB, without Kafka's Java."""
+    """Return what idle processes of the stack use: percent of one core, and MB. Kafka's Java is left out."""
     others = [p for p in psutil.Process().children(recursive=True) if p.name() != "java"]
     processes = [p for p in others if "joblib" not in " ".join(p.cmdline())]
     time.sleep(2)  # what the maps have left to do is not idleness
