@@ -52,7 +52,8 @@ def count_slowly(x: int) -> int:
 
 def test_lines_are_printed_while_tasks_run_with_their_index(queue: Queue, capsys: pytest.CaptureFixture[str]) -> None:
     job = queue.map(count_slowly, range(4), chunksize=1)
-    assert job.tail(LIMIT)
+    job.tail(LIMIT)
+    assert job.wait(0)
     lines = capsys.readouterr().out.splitlines()
     for x in range(4):
         assert [line for line in lines if line.startswith(f"[{x}] ")] == [f"[{x}] task {x} step {n}" for n in range(3)]
@@ -65,7 +66,8 @@ def test_short_tasks_of_one_chunk_lose_no_line(queue: Queue, capsys: pytest.Capt
         time.sleep(0.01)
 
     job = queue.map(speak, range(300), chunksize=50)
-    assert job.tail(LIMIT)
+    job.tail(LIMIT)
+    assert job.wait(0)
     found: dict[str, tuple[int, int]] = {}
     for line in capsys.readouterr().out.splitlines():
         whose, _, text = line.partition("] ")
@@ -91,7 +93,8 @@ def test_what_a_running_task_has_written_before_is_printed_first(
     job = queue.map(speak, [0])
     wait_until((tmp_path / "begun").exists)
     time.sleep(0.5)
-    assert not job.tail(2.0)
+    job.tail(2.0)
+    assert not job.wait(0)
     assert capsys.readouterr().out == "[0] before\n"
     gate.touch()
     assert job.wait(LIMIT)
@@ -106,7 +109,9 @@ def test_output_of_subprocesses_and_an_unfinished_line_are_printed(
         subprocess.run(["sh", "-c", "echo from a child; printf 'no end'"], check=True)
         time.sleep(2.0)
 
-    assert queue.map(speak, [0]).tail(LIMIT)
+    (job := queue.map(speak, [0])).tail(LIMIT)
+
+    assert job.wait(0)
     assert capsys.readouterr().out == "[0] from a child\n[0] no end\n"
 
 
@@ -117,7 +122,9 @@ def test_of_a_progress_bar_only_the_last_state_is_printed(queue: Queue, capsys: 
         print()
         time.sleep(0.5)
 
-    assert queue.map(bar, [0]).tail(LIMIT)
+    (job := queue.map(bar, [0])).tail(LIMIT)
+
+    assert job.wait(0)
     assert capsys.readouterr().out.splitlines()[-1] == "[0] 100%"
 
 
@@ -126,7 +133,9 @@ def test_lines_of_coroutines_name_the_chunk(queue: Queue, capsys: pytest.Capture
         print(f"task {x}")
         await asyncio.sleep(0.5)
 
-    assert queue.map(speak, range(6), chunksize=6).tail(LIMIT)
+    (job := queue.map(speak, range(6), chunksize=6)).tail(LIMIT)
+
+    assert job.wait(0)
     assert sorted(capsys.readouterr().out.splitlines()) == [f"[0-5] task {x}" for x in range(6)]
 
 
@@ -138,7 +147,9 @@ def test_last_words_of_a_task_that_kills_its_slot_are_printed(queue: Queue, caps
         print("farewell", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    assert queue.map(die, [0], max_crashes=1).tail(LIMIT)
+    (job := queue.map(die, [0], max_crashes=1)).tail(LIMIT)
+
+    assert job.wait(0)
     assert "[0] farewell" in capsys.readouterr().out.splitlines()
 
 
@@ -156,7 +167,8 @@ def test_other_jobs_are_not_printed_and_other_workers_are(
 
     job = queue.map(speak, ["ours", "ours"], chunksize=1)
     other = queue.map(speak, ["theirs"])
-    assert job.tail(LIMIT)
+    job.tail(LIMIT)
+    assert job.wait(0)
     assert other.wait(LIMIT)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8
@@ -166,7 +178,7 @@ def test_other_jobs_are_not_printed_and_other_workers_are(
 def test_job_that_has_ended_says_where_its_output_is(queue: Queue, capsys: pytest.CaptureFixture[str]) -> None:
     job = queue.map(count_slowly, [], name="an empty one")
     assert job.wait(LIMIT)
-    assert job.tail()
+    job.tail()
     assert capsys.readouterr().out == ("job 'an empty one' has ended: what its tasks have written is in job[i].log\n")
 
 

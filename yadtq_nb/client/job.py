@@ -646,7 +646,7 @@ class Job(Sequence[Future[Any]]):
 
         return follow(self, timeout)
 
-    def tail(self, timeout: float | None = None) -> bool:
+    def tail(self, timeout: float | None = None) -> None:
         """Print what the job's tasks write to stdout and stderr, line by line while they run, until the job has ended.
 
         Each line begins with the index of its task, as in "[17] loading", or with several, as in "[40-43] loading",
@@ -660,9 +660,6 @@ class Job(Sequence[Future[Any]]):
         Args:
             timeout: seconds to follow at most; None for no limit.
 
-        Returns:
-            True when the job has ended, False when that was not so in time.
-
         Raises:
             JobInterrupt: Ctrl-C, or the kernel was interrupted.
             QueueClosedError: the queue was closed in this process meanwhile.
@@ -672,7 +669,7 @@ class Job(Sequence[Future[Any]]):
         from yadtq_nb.client.tail import tail
 
         with contextlib.closing(JobStore(self._link.config, self._link.queue)) as store:
-            return tail(store, self.id, self.name, lambda: self.wait(0), timeout)
+            tail(store, self.id, self.name, lambda: self.wait(0), timeout)
 
     def _ipython_display_(self) -> None:
         from yadtq_nb.notebook.live import display_job

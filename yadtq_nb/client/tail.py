@@ -22,7 +22,7 @@ _PAUSE: Final = 0.2
 _MISSED = "[... missed: it was written faster than it could be read here; job[i].log has the end of it ...]"
 
 
-def tail(store: JobStore, job: str, name: str, ended: Callable[[], bool], timeout: float | None) -> bool:
+def tail(store: JobStore, job: str, name: str, ended: Callable[[], bool], timeout: float | None) -> None:
     """Print what a job's tasks write until it has ended; see Job.tail.
 
     Args:
@@ -31,14 +31,13 @@ def tail(store: JobStore, job: str, name: str, ended: Callable[[], bool], timeou
     """
     if ended():
         sys.stdout.write(f"job {name!r} has ended: what its tasks have written is in job[i].log\n")
-        return True
+        return
     until = None if timeout is None else time.monotonic() + timeout
     with waiting(name):
         for lines in _follow(store, job, ended, until):
             # All at once: each call is a message to the notebook.
             sys.stdout.write("".join(f"{line}\n" for line in lines))
             sys.stdout.flush()
-    return ended()
 
 
 def _follow(store: JobStore, job: str, ended: Callable[[], bool], until: float | None) -> Iterator[list[str]]:
