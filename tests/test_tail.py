@@ -110,7 +110,6 @@ def test_output_of_subprocesses_and_an_unfinished_line_are_printed(
         time.sleep(2.0)
 
     (job := queue.map(speak, [0])).tail(LIMIT)
-
     assert job.wait(0)
     assert capsys.readouterr().out == "[0] from a child\n[0] no end\n"
 
@@ -123,7 +122,6 @@ def test_of_a_progress_bar_only_the_last_state_is_printed(queue: Queue, capsys: 
         time.sleep(0.5)
 
     (job := queue.map(bar, [0])).tail(LIMIT)
-
     assert job.wait(0)
     assert capsys.readouterr().out.splitlines()[-1] == "[0] 100%"
 
@@ -134,7 +132,6 @@ def test_lines_of_coroutines_name_the_chunk(queue: Queue, capsys: pytest.Capture
         await asyncio.sleep(0.5)
 
     (job := queue.map(speak, range(6), chunksize=6)).tail(LIMIT)
-
     assert job.wait(0)
     assert sorted(capsys.readouterr().out.splitlines()) == [f"[0-5] task {x}" for x in range(6)]
 
@@ -148,7 +145,6 @@ def test_last_words_of_a_task_that_kills_its_slot_are_printed(queue: Queue, caps
         os.kill(os.getpid(), signal.SIGKILL)
 
     (job := queue.map(die, [0], max_crashes=1)).tail(LIMIT)
-
     assert job.wait(0)
     assert "[0] farewell" in capsys.readouterr().out.splitlines()
 
