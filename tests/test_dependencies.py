@@ -287,6 +287,16 @@ def test_dependants_of_what_is_cancelled_fail_and_wait_no_longer(
     assert last.needs[-1].startswith("first[")
 
 
+def test_dependant_of_a_deleted_job_says_that_it_was_deleted(queue: Queue) -> None:
+    job = queue.map(abs, [-1])
+    future = job[0]
+    assert future.result(30) == 1
+    job.delete()
+    for what in (future, job):
+        with pytest.raises(DependencyError, match=r"JobNotFoundError.*was deleted"):
+            queue.submit(str, what).result(30)
+
+
 def test_dependant_can_be_cancelled_while_it_waits(make_cluster: MakeCluster, tmp_path: Path) -> None:
     queue = make_cluster(slots=2).queue()
     gate = str(tmp_path / "gate")

@@ -114,6 +114,8 @@ class _Values:
             )
         if self._supply.cancel == "deadline":
             return JobTimeoutError(f"job {name!r} was ended by its deadline", job=name)
+        if self._supply.cancel == "deleted":
+            return JobNotFoundError(f"job {id} was deleted by job.delete(): nothing of it is kept", job=id)
         if self._supply.cancel:
             return JobCancelledError(f"job {name!r} was cancelled", job=name)
         if not self._supply.known:
