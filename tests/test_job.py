@@ -66,6 +66,12 @@ def table(x: int) -> pd.DataFrame | None:
 # A sequence of futures.
 
 
+def test_single_call_is_found_by_the_name_that_was_made_up_for_it(queue: Queue) -> None:
+    future = queue.submit(abs, -3)
+    assert future.result(LIMIT) == 3
+    assert queue.job(future.job.name).results(LIMIT) == [3]  # type: ignore[attr-defined]  # a TaskFuture
+
+
 def test_job_is_a_sequence_of_real_futures(queue: Queue) -> None:
     job = queue.map(square, range(5))
     assert isinstance(job, Job)

@@ -76,7 +76,7 @@ class Fed(Protocol):
 class _Letter:
     """A record that was handed over, until it is safe or given up."""
 
-    __slots__ = ("acknowledged", "deadline", "key", "note", "place", "to_jobs", "value")
+    __slots__ = ("acknowledged", "deadline", "fed", "key", "note", "place", "to_jobs", "value")
 
     def __init__(
         self, value: bytes, key: bytes | None, acknowledged: Acknowledged | None, note: bytes | None = None
@@ -90,6 +90,8 @@ class _Letter:
         self.deadline = time.monotonic() + GIVE_UP
         #: Topic id, partition and offset, once the broker has it.
         self.place = ("", -1, -1)
+        #: True once it was seen to be fed: then its sender is not told what becomes of it later.
+        self.fed = False
 
 
 class Publisher:
@@ -273,7 +275,7 @@ class Publisher:
                 self._unsafe_bytes += len(letter.value)
             if not self._letters:
                 self._empty.notify_all()
-        if letter.acknowledged is not None:
+        if letter.acknowledged is not None and not letter.fed:
             letter.acknowledged(error, partition, offset)
 
     def _is_to_be_held(self, letter: _Letter) -> bool:
@@ -378,6 +380,8 @@ class Publisher:
     def _rest(self, fed: list[_Letter]) -> None:
         """Hold what was fed just now for a moment, and let go of what was fed before."""
         now = self._fed_seen_at
+        for letter in fed:
+            letter.fed = True
         self._resting += [(now, letter) for letter in fed]
         self._resting_bytes += sum(len(letter.value) for letter in fed)
         while self._resting and (now - self._resting[0][0] > _ROLLBACK or self._resting_bytes > _HELD):

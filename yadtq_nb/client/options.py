@@ -214,6 +214,8 @@ def _moment(option: str, value: Any) -> Moment:
         return Moment()
     if isinstance(value, datetime.datetime):
         return Moment(at=value.timestamp())
+    if not isinstance(value, datetime.timedelta | Real) or isinstance(value, bool):
+        raise TypeError(f"{option} must be seconds, a timedelta or a datetime, not {value!r}")
     return Moment(delay=_seconds(option, value))
 
 

@@ -324,6 +324,10 @@ class Queue:
         link = self._link()
         found = patiently(lambda: link.store.find(name_or_id), PATIENCE)
         record = patiently(lambda: link.store.record(found), PATIENCE) if found else None
+        if not found:
+            # The name of a single call was made up, and is taken from nobody: it stands in its record only.
+            listed = patiently(link.store.records, PATIENCE)
+            record = next((one for one in listed if one.name == name_or_id), None)
         if record is None:
             raise JobNotFoundError(
                 f"queue {self.name!r} knows no job {name_or_id!r}; queue.jobs() lists those that it knows",

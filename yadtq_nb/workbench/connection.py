@@ -57,6 +57,10 @@ def translate_redis_errors() -> Iterator[None]:
         ) from exc
     except redis.ResponseError as exc:
         raise WorkbenchError(f"Redis refused a command: {exc}") from exc
+    except redis.BusyLoadingError as exc:
+        raise WorkbenchError(
+            f"Redis has been started, and is still reading its file ({exc}): try again in a moment"
+        ) from exc
     except (redis.ConnectionError, redis.TimeoutError) as exc:
         if isinstance(exc.__context__, ssl.SSLCertVerificationError | FileNotFoundError):
             raise WorkbenchRefusedError(
@@ -158,15 +162,21 @@ class Connection:
         if self._held is None or now - self._used > _TRUSTED or self._holder != os.getpid():
             self._give_back()
             self._held, self._holder = self.client.connection_pool.get_connection(), os.getpid()
+        # Put back once the answer is read: one that comes after Ctrl-C would be taken for that to the next command.
+        held, self._held = self._held, None
         self._used = now
         try:
-            self._held.send_command(*command)
-            return self._held.read_response()
+            held.send_command(*command)
+            answer = held.read_response()
         except redis.ResponseError:
+            self._held = held
             raise
-        except BaseException:  # Ctrl-C, too: what comes now would be taken for the answer to the next command
-            self._held.disconnect()
+        except BaseException:
+            held.disconnect()
+            self.client.connection_pool.release(held)
             raise
+        self._held = held
+        return answer
 
     def _give_back(self) -> None:
         held, self._held = self._held, None
