@@ -45,6 +45,7 @@ chaos: $(READY)  ## kill, stop and cut off everything at random while maps run, 
 kafka: $(KAFKA)  ## fetch Apache Kafka by Maven
 
 $(READY): pyproject.toml
+	@echo "Installing into .venv: some minutes the first time, 1.3 GB with all that the tests need."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@

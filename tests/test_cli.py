@@ -101,12 +101,16 @@ def test_worker_says_what_it_serves_and_where_and_ends_on_sigterm(environment: d
         secret.write_text(f"{cluster.config.secret}\n")
         servers = ["--kafka", cluster.config.kafka, "--redis", cluster.config.redis, "--secret-file", str(secret)]
         command = [sys.executable, "-m", "yadtq_nb.cli", "worker", "--queue", "gpu", "--slots", "1", *servers]
+        look = [sys.executable, "-m", "yadtq_nb.cli", "workers", "--here", "--queue", "gpu", *servers]
+        assert subprocess.run(look, env=environment, capture_output=True, check=False).returncode == 1, "none is there"
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as worker:
             assert worker.stdout is not None
             lines = iter(worker.stdout.readline, "")
             said = "".join(itertools.takewhile(lambda line: not line.startswith("Ready as"), lines))
+            assert subprocess.run(look, env=environment, capture_output=True, check=False).returncode == 0
             worker.terminate()
             assert worker.wait(20) == 0
+        assert subprocess.run(look, env=environment, capture_output=True, check=False).returncode == 1, "it has stopped"
         assert "queue gpu with 1 slots" in said
         assert cluster.config.kafka in said
         assert ":***@127.0.0.1" in said

@@ -21,6 +21,7 @@ from yadtq_nb import JobError, JobState, LocalCluster, LocalStackError, Queue, Q
 from yadtq_nb.client.link import Link
 from yadtq_nb.local.home import Home
 from yadtq_nb.local.stack import Stack
+from yadtq_nb.worker.directory import NodeDirectory, remove_left
 
 # Functions of the tests travel by value, as those of a notebook do.
 __import__("cloudpickle").register_pickle_by_value(sys.modules[__name__])
@@ -175,3 +176,22 @@ def test_node_whose_disk_is_full_takes_nothing_for_a_while_and_its_task_is_not_h
     assert slow.result(LIMIT)
     assert cluster.workers[0].pid == pid, "the node lives"
     assert job.to_frame().attempt.tolist() == [1] * 4
+
+
+def test_directories_of_nodes_that_were_killed_are_removed_and_those_of_others_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    alive = NodeDirectory("alive")
+    left, young, strange = (tmp_path / f"yadtq-node-{name}" for name in ("left", "young", "strange"))
+    for path in (left, young, strange):
+        path.mkdir()
+        if path is not strange:
+            (path / "lock").touch()
+        (path / "blobs").mkdir()
+    for path in (alive.path, left, strange):
+        os.utime(path, (0, 0))
+    remove_left()
+    assert set(tmp_path.iterdir()) == {alive.path, young, strange}
+    alive.remove()
+    assert not alive.path.exists()

@@ -29,6 +29,7 @@ from yadtq_nb import (
     State,
     TaskFuture,
 )
+from yadtq_nb.client import board
 
 # Functions of the tests travel by value, as those of a notebook do.
 __import__("cloudpickle").register_pickle_by_value(sys.modules[__name__])
@@ -64,6 +65,21 @@ def table(x: int) -> pd.DataFrame | None:
 
 
 # A sequence of futures.
+
+
+def test_future_of_a_task_that_is_done_looks_at_no_other_task(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    def invert(x: int) -> float:
+        return 1 / (x % 3)
+
+    job = queue.map(invert, range(30), chunksize=10)
+    right = job.results(LIMIT, errors="return")
+    # To go through the rows for each future would take a time that grows with the square of their number.
+    monkeypatch.setattr(board.Outcomes, "rows", None)
+    for index, future in enumerate(job):
+        if index % 3:
+            assert future.result(0) == right[index] == 1 / (index % 3)
+        else:
+            assert isinstance(future.exception(0), ZeroDivisionError)
 
 
 def test_single_call_is_found_by_the_name_that_was_made_up_for_it(queue: Queue) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -184,14 +185,21 @@ def follow(
 
 @app.command(rich_help_panel="Queue")
 def workers(
-    queue: QueueName = "default", kafka: Kafka = None, redis: Redis = None, secret_file: SecretFile = None
+    queue: QueueName = "default",
+    kafka: Kafka = None,
+    redis: Redis = None,
+    secret_file: SecretFile = None,
+    here: Annotated[bool, typer.Option("--here", help="Exit with 1 unless a worker of this host is live.")] = False,
 ) -> None:
     """List the worker nodes of a queue, lost ones included."""
     from yadtq_nb import Queue
 
     with Queue(queue, kafka=kafka, redis=redis, secret=_secret(secret_file)) as opened:
+        frame = opened.workers().reset_index()
         columns = ["worker", "status", "slots", "busy", "done", "heartbeat_age", "host", "pid"]
-        _print_frame(opened.workers().reset_index()[columns].to_string(index=False), empty="No workers.")
+        _print_frame(frame[columns].to_string(index=False), empty="No workers.")
+    if here and not ((frame["status"] == "live") & (frame["host"] == socket.gethostname())).any():
+        raise typer.Exit(1)
 
 
 @app.command(rich_help_panel="Queue")

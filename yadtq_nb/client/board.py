@@ -13,6 +13,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError
+from itertools import accumulate
 from typing import Any, Final
 
 from yadtq_nb import codec
@@ -22,6 +23,7 @@ from yadtq_nb.salvage import Unreadable
 from yadtq_nb.workbench.jobs import Stored
 
 _SUCCEEDED: Final = ord("S")
+_CANCELLED: Final = ord("C")
 
 
 class Failure:
@@ -50,6 +52,7 @@ class Outcomes:
         self._mask = stored.mask
         self._values: list[Any] | None = None
         self._unreadable = False
+        self._places: Sequence[int] | None = None
 
     def indices(self) -> Sequence[int]:
         """Indices in the job of the tasks whose outcome counts."""
@@ -120,6 +123,17 @@ class Outcomes:
             value = next(values) if code == _SUCCEEDED else Failure(segment.errors.get(index))
             if not self._mask or self._mask[position] == ord("1"):
                 yield index, position, value
+
+    def value(self, position: int, index: int) -> Any:
+        """Return the value or Failure of one, by its position in the segment and its index in the job."""
+        states = self.segment.states
+        if states[position] != _SUCCEEDED:
+            return Failure(self.segment.errors.get(index), cancelled=states[position] == _CANCELLED)
+        if self._places is None:
+            # Where each value lies among those that there are.
+            whole = states.count(_SUCCEEDED) == len(states)
+            self._places = range(len(states)) if whole else list(accumulate(map(_SUCCEEDED.__eq__, states), initial=0))
+        return self.values()[self._places[position]]
 
 
 def _why_unreadable(exc: Exception, indices: Sequence[int]) -> ErrorInfo:
@@ -399,7 +413,7 @@ class Board:
             found = self._find(index)
             failure = None if self._cut_at is not None and index < self._cut_at else self.failure
         if found is not None:
-            self._resolve(found[0], [index])
+            _settle(future, index, found[0].value(found[1], index))
         elif failure is not None:
             _fail(future, failure)
         return future

@@ -116,12 +116,16 @@ def check(
     start_after: Seconds | datetime.datetime | None = None,
     deadline: Seconds | datetime.datetime | None = None,
     priority: Priority = "normal",
+    **unknown: object,
 ) -> JobOptions:
     """Check the options of a job.
 
     Raises:
-        TypeError, ValueError: one is not what it must be; the message names it.
+        TypeError, ValueError: one is not what it must be, or there is none of that name; the message names it.
     """
+    if unknown:
+        known = ", ".join(sorted(Given.__annotations__))
+        raise TypeError(f"there is no option {min(unknown)!r}; those of a job are {known}")
     types = retry_on if isinstance(retry_on, tuple) else (retry_on,)
     if not types or not all(isinstance(cls, type) and issubclass(cls, BaseException) for cls in types):
         raise TypeError(f"retry_on must be an exception class or a tuple of them, not {retry_on!r}")

@@ -21,7 +21,6 @@ import secrets
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -45,6 +44,7 @@ from yadtq_nb.workbench.jobs import JobStore
 from yadtq_nb.worker import crash
 from yadtq_nb.worker.blobs import BlobFiles
 from yadtq_nb.worker.deaths import Deaths, Part
+from yadtq_nb.worker.directory import NodeDirectory, remove_left
 from yadtq_nb.worker.feeder import Feeder
 from yadtq_nb.worker.heart import Heart, Marks
 from yadtq_nb.worker.needs import NeedFiles
@@ -120,8 +120,8 @@ class Node:
         self._stop_at = float("inf")
         #: True when a thread of this node has ended by an error of ours.
         self.failed = False
-        self._home = tempfile.TemporaryDirectory(prefix=f"yadtq-node-{self.id}-")  # the keeper knows it by this
-        self._directory = Path(self._home.name)
+        self._home = NodeDirectory(self.id)
+        self._directory = self._home.path
         self._blobs = BlobFiles(
             self._directory / "blobs",
             config.key,
@@ -150,6 +150,7 @@ class Node:
         try:
             self._connect()
             ready()
+            threading.Thread(target=remove_left, name="yadtq-cleaner", daemon=True).start()
             self._serve()
         finally:
             self._close()
@@ -250,7 +251,7 @@ class Node:
     def _close(self) -> None:
         if not hasattr(self, "_bell"):
             self.pool.stop(0.0)
-            self._home.cleanup()
+            self._home.remove()
             return
         self._stopping.set()
         self._feeders["normal"].close()  # first: it opens the others
@@ -269,7 +270,7 @@ class Node:
         self._publisher.close(1.0)
         self._bench.close()
         self._needs.close()
-        self._home.cleanup()
+        self._home.remove()
 
     # Taking and running.
 
