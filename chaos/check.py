@@ -32,6 +32,8 @@ class Sent(msgspec.Struct):
     orphan: bool = False
     #: Seconds after which the client was told so, or None.
     refused: float | None = None
+    #: Whether its repair has begun.
+    repaired: bool = False
     #: What each client that waited to the end was given.
     given: list[list[str]] = []
 
@@ -113,6 +115,8 @@ def read_ledgers(clients: Iterable[tuple[bool, Sequence[Mapping[str, Any]]]]) ->
                     job.orphan, job.refused = True, line["after"]
                 case "waits":
                     job.claimed = True
+                case "mends":
+                    job.repaired = True
                 case "done":
                     job.given.append(line["outcomes"])
     return jobs
@@ -183,11 +187,11 @@ def check_job(
         tally.lost.append(f"{name}: {len(missing) - len(gone)} tasks without an outcome, {unfed} of them never fed")
     tally.doubled += [f"{name}[{index}]: {count} outcomes" for index, count in times.items() if count > 1]
     for index, outcome in found.outcomes:
-        if index >= len(items) or outcome != load.expected(name, items[index]):
+        if index >= len(items) or outcome != load.expected(name, items[index], repaired=sent.repaired):
             tally.wrong.append(f"{name}[{index}]: {outcome}")
         elif not audit.get((name, index)):
             tally.wrong.append(f"{name}[{index}]: has an outcome and never ran")
-    right = [load.expected(name, item) for item in items]
+    right = [load.expected(name, item, repaired=sent.repaired) for item in items]
     for given in sent.given:
         ok = zip(given, right, strict=True) if len(given) == len(right) else [("", "all of it")]
         apart = [

@@ -116,9 +116,15 @@ async def work_together(item: Item, *, audit: str, job: str) -> Any:
 # What must come of it.
 
 
-def expected(job: str, item: Item) -> str:
-    """Return the only outcome that is right in the end, as digest() writes it."""
+def expected(job: str, item: Item, *, repaired: bool = True) -> str:
+    """Return the only outcome that is right in the end, as digest() writes it.
+
+    Args:
+        repaired: whether the repair of the job has begun, if it is to be.
+    """
     index, _, deed, payload = item
+    if deed == "mend" and not repaired:
+        return "ValueError"
     if deed in ("raise", "exit", "late"):
         return {"raise": "ValueError", "exit": "TaskCrashedError", "late": "TaskTimeoutError"}[deed]
     value = zlib.crc32(f"{job} {index}".encode())
@@ -322,6 +328,7 @@ class Client:
             except JobIncompleteError:
                 pass  # a server has lost of it, or somebody was killed while he sent it again
             self._mark(name).touch()
+            self.say("mends", name)
             try:
                 if not self._retry(job, name):
                     return
