@@ -35,8 +35,6 @@ _OPTIONS: Final = "redis_options (YADTQ_REDIS_OPTIONS, or [redis_options] in yad
 _PAUSE: Final = 0.02
 #: Seconds that a call may take before the server counts as gone.
 _TIMEOUT: Final = 10.0
-#: Seconds for which a socket that was good is not looked at before it is used.
-_TRUSTED: Final = 1.0
 #: Bytes that a value may have in any server, and in one whose setting is not known.
 ALWAYS_FITS: Final = 1024 * 1024
 _LARGEST: Final = 512 * 1024 * 1024
@@ -112,10 +110,9 @@ class Connection:
             }
             self.client: Any = redis.Redis.from_url(config.redis, **{**ours, **config.redis_options})
         _check_options(self.client.connection_pool)
-        #: What verbs are sent on, of which process, and when it was last used, on the monotonic clock.
+        #: What verbs are sent on, and of which process.
         self._held: Any = None
         self._holder = 0
-        self._used = 0.0
         self._scripts = {verb: self.client.register_script(_source(verb)) for verb in VERBS}
 
     def lane_key(self, name: str, lane: Lane) -> str:
@@ -157,14 +154,14 @@ class Connection:
             yield self.client
 
     def _send(self, *command: Any) -> Any:
-        """Send a command past the library's pool, which looks at the socket each time: a tenth of a task's way."""
-        now = time.monotonic()
-        if self._held is None or now - self._used > _TRUSTED or self._holder != os.getpid():
+        """Send a command past the library's pool, which counts and keeps records each time: a tenth of a task's way."""
+        if self._held is None or self._holder != os.getpid():
             self._give_back()
             self._held, self._holder = self.client.connection_pool.get_connection(), os.getpid()
+        elif _is_stale(self._held):
+            self._held.disconnect()  # it connects again as it sends
         # Put back once the answer is read: one that comes after Ctrl-C would be taken for that to the next command.
         held, self._held = self._held, None
-        self._used = now
         try:
             held.send_command(*command)
             answer = held.read_response()
@@ -200,6 +197,14 @@ class Connection:
         """Close the sockets."""
         with contextlib.suppress(redis.RedisError):
             self.client.close()
+
+
+def _is_stale(connection: Any) -> bool:
+    """Tell whether the server has closed a connection, or an answer that nobody waits for lies there."""
+    try:
+        return bool(connection.can_read())
+    except (redis.RedisError, OSError):
+        return True
 
 
 def _check_options(pool: Any) -> None:
