@@ -10,7 +10,7 @@ from typing import Final
 from yadtq_nb.client.future import waiting
 from yadtq_nb.errors import CodecError, WorkbenchError
 from yadtq_nb.model import Written
-from yadtq_nb.workbench.jobs import JobStore
+from yadtq_nb.workbench.jobs import JobStore, place_written
 
 #: Seconds between the signs that this process still follows.
 _SAY: Final = 3.0
@@ -50,9 +50,8 @@ def _follow(store: JobStore, job: str, ended: Callable[[], bool], until: float |
                 newest = store.follow(job)
                 if not position:
                     store.ring("follow")
-                if not position:
                     position = newest
-                elif _number(newest) < _number(position):
+                elif place_written(newest) < place_written(position):
                     position = "0-0"  # Redis was emptied: all that is there is new
                 said_at = now
             position, written, missed = store.written(job, position, 0.25)
@@ -74,7 +73,3 @@ def _lines(written: Written) -> Iterator[str]:
     for line in written.text.decode("utf-8", "replace").rstrip("\r\n").split("\n"):
         # Of a progress bar, what it has come to.
         yield f"[{whose}] {line.rstrip(chr(13)).rpartition(chr(13))[2]}"
-
-
-def _number(position: str) -> int:
-    return int(position.partition("-")[2])

@@ -596,7 +596,7 @@ class JobStore:
         found: list[Written] = []
         for _, (_, frame) in entries:
             found += _decode_written(codec.unseal(self._config.key, codec.WRITTEN, frame))
-        missed = _number(entries[0][0]) != _number(position.encode()) + 1
+        missed = place_written(entries[0][0].decode()) != place_written(position) + 1
         return entries[-1][0].decode(), found, missed
 
     def _key(self, job: str, part: str = "") -> str:
@@ -607,8 +607,9 @@ class JobStore:
         self._redis.close()
 
 
-def _number(position: bytes) -> int:
-    return int(position.partition(b"-")[2])
+def place_written(position: str) -> int:
+    """Return which message of what a job's tasks write lies at a position, from 1: they are numbered one by one."""
+    return int(position.partition("-")[2])
 
 
 def _news(fields: dict[bytes, bytes]) -> News:
