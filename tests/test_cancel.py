@@ -106,6 +106,19 @@ def test_task_that_does_not_listen_is_killed(cluster: LocalCluster, tmp_path: Pa
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in lines(pids)), seconds=10)
 
 
+def test_job_that_is_cancelled_while_its_items_are_drawn_says_that_and_not_that_it_is_incomplete(
+    cluster: LocalCluster,
+) -> None:
+    queue = cluster.queue()
+    # Whether its sender or the queue ends it first is a race.
+    for _ in range(30):
+        job = queue.map(abs, itertools.count(), chunksize=5)
+        job[0].result(LIMIT)
+        job.cancel()
+        with pytest.raises(JobCancelledError):
+            job.results(LIMIT)
+
+
 def test_cancel_by_a_second_process_ends_the_drawing_of_an_iterator(cluster: LocalCluster) -> None:
     queue = cluster.queue()
     drawn = itertools.count()

@@ -38,8 +38,9 @@ from yadtq_nb.model import Lane
 
 log = logging.getLogger(__name__)
 
-#: Called in the publisher's thread when the broker has a record, with its place, or with the error.
-Acknowledged = Callable[[BacklogError | None, int, int], None]
+#: Called in the publisher's thread when the broker has a record: with where ("topic id/partition"), and its offset; or
+#: with the error.
+Acknowledged = Callable[[BacklogError | None, str, int], None]
 
 #: Largest record that is sent; larger arguments and functions go by reference. Kafka's own default limit is 1 MiB.
 MAX_RECORD: Final = 900_000
@@ -71,6 +72,23 @@ class Fed(Protocol):
     @property
     def offset(self) -> int:
         """What lies before it has been fed."""
+
+
+class Receipts:
+    """What the broker says of the records of one sender: given to send_chunk with each of them."""
+
+    def __init__(self) -> None:
+        #: Why one was refused.
+        self.refused: BacklogError | None = None
+        #: Topic id and partition, as in model.Seal -> the offset after the last of them.
+        self.ends: dict[str, int] = {}
+
+    def __call__(self, error: BacklogError | None, where: str, offset: int) -> None:
+        """Take note of one."""
+        if error is not None:
+            self.refused = error
+        else:
+            self.ends[where] = max(self.ends.get(where, 0), offset + 1)
 
 
 class _Letter:
@@ -232,7 +250,7 @@ class Publisher:
             if producer is not self._producer:
                 return  # the word of a producer that was given up; its successor has sent the record again
             if error is None:
-                self._take_note(letter, message.partition() or 0, message.offset() or 0)
+                self._take_note(letter, message.partition() or 0, message.offset())
             elif error.code() == KafkaError.MSG_SIZE_TOO_LARGE or time.monotonic() > letter.deadline:
                 self._settle(letter, BacklogError(f"Kafka at {self._config.kafka} did not take it: {error.str()}"))
             else:
@@ -255,8 +273,13 @@ class Publisher:
                 self._broken.set()
             raise
 
-    def _take_note(self, letter: _Letter, partition: int, offset: int) -> None:
+    def _take_note(self, letter: _Letter, partition: int, offset: int | None) -> None:
         """The broker says where it has put a record."""
+        if offset is None:
+            # librdkafka only believes that it is there, since a later one is. Where this one came before the broker
+            # knew of a topic just made, and the later one after, this one is nowhere (KAFKA-15591).
+            self._broken.set()
+            return
         if self._is_to_be_held(letter) and self._forgets:
             if offset < self._floor.get(partition, 0):
                 # There lies another one, in the life of the topic that is known here: so this is the next one.
@@ -267,6 +290,12 @@ class Publisher:
 
     def _settle(self, letter: _Letter, error: BacklogError | None, partition: int = 0, offset: int = 0) -> None:
         with self._empty:
+            if id(letter) not in self._letters:
+                return
+        # Before anyone who waits for it sees that all is acknowledged.
+        if letter.acknowledged is not None and not letter.fed:
+            letter.acknowledged(error, f"{self._topic.id}/{partition}", offset)
+        with self._empty:
             if self._letters.pop(id(letter), None) is None:
                 return
             if error is None and self._is_to_be_held(letter):
@@ -275,8 +304,6 @@ class Publisher:
                 self._unsafe_bytes += len(letter.value)
             if not self._letters:
                 self._empty.notify_all()
-        if letter.acknowledged is not None and not letter.fed:
-            letter.acknowledged(error, partition, offset)
 
     def _is_to_be_held(self, letter: _Letter) -> bool:
         if self._fed is None or letter.key is not None:
@@ -419,7 +446,7 @@ class Publisher:
             self._settle(letter, BacklogError(f"Kafka at {self._config.kafka} was away for {GIVE_UP:.0f} s"))
 
 
-def _told_if_lost(error: BacklogError | None, _partition: int, _offset: int) -> None:
+def _told_if_lost(error: BacklogError | None, _where: str, _offset: int) -> None:
     if error is not None:
         log.error("a refused record could not be put on the dead topic: %s", error)
 

@@ -285,7 +285,7 @@ class Link:
         board, job = self._new_job(packet, 1)
         board.wanted = True
 
-        def acknowledged(error: BacklogError | None, _partition: int, _offset: int) -> None:
+        def acknowledged(error: BacklogError | None, _where: str, _offset: int) -> None:
             if error is not None:
                 failure = JobError(f"job {packet.name!r} was not sent: {error}", job=packet.name)
                 failure.__cause__ = error
@@ -324,7 +324,7 @@ class Link:
         cancelled = patiently(lambda: self.store.cancel(cancel), PATIENCE)
         for sender in self._senders:
             if sender.job == job:
-                sender.stop()
+                sender.stop(over=True)
         return cancelled
 
     def delete(self, job: str) -> bool:
@@ -335,7 +335,7 @@ class Link:
         existed = patiently(lambda: self.store.delete(job), PATIENCE)
         for sender in self._senders:
             if sender.job == job:
-                sender.stop()
+                sender.stop(over=True)
         return existed
 
     def fixed(

@@ -13,13 +13,13 @@ from typing import Final, Protocol
 import msgspec
 
 from yadtq_nb import codec
-from yadtq_nb.backlog.publish import Publisher
+from yadtq_nb.backlog.publish import Publisher, Receipts
 from yadtq_nb.backlog.reader import replay_tasks
 from yadtq_nb.client.board import Outcomes
 from yadtq_nb.client.inbox import PATIENCE, Inbox, is_incomplete
-from yadtq_nb.client.sender import FLUSH, Mailer, Packet
+from yadtq_nb.client.sender import Mailer, Packet
 from yadtq_nb.config import Config
-from yadtq_nb.errors import BacklogError, CodecError, JobError, JobNotFoundError, WorkbenchError
+from yadtq_nb.errors import CodecError, JobError, JobNotFoundError, WorkbenchError
 from yadtq_nb.model import LIFE, ChunkHead, Lane, Reopen, Seal
 from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobRecord, JobStore
@@ -178,15 +178,7 @@ def _head(link: Link, seen: JobRecord, record: bytes) -> ChunkHead | None:
 
 def _send(link: Link, seen: JobRecord, life: int, places: _Places, fixed: Packet | None) -> int:
     publisher = link.publisher(seen.lane)
-    ends: dict[int, int] = {}
-    refused: list[BacklogError] = []
-
-    def acknowledged(error: BacklogError | None, partition: int, offset: int) -> None:
-        if error is not None:
-            refused.append(error)
-        else:
-            ends[partition] = max(ends.get(partition, 0), offset + 1)
-
+    receipts = Receipts()
     if fixed is not None and fixed.by_blob:
         link.mailer.keep_blob(codec.FUNCTION, fixed.function_id, fixed.function)
     number, sent = life * LIFE, 0
@@ -197,14 +189,11 @@ def _send(link: Link, seen: JobRecord, life: int, places: _Places, fixed: Packet
         head = msgspec.structs.replace(head, number=number, total=-1, done=done if b"1" in done else b"")
         if fixed is not None:
             head, function = _with(head, fixed), memoryview(b"" if fixed.by_blob else fixed.function)
-        publisher.send_chunk(codec.encode_chunk(link.key, head, function, [arguments]), acknowledged)
+        publisher.send_chunk(codec.encode_chunk(link.key, head, function, [arguments]), receipts)
         link.mailer.ring()
         number, sent = number + 1, sent + done.count(b"0")
-    publisher.flush(FLUSH)
-    if refused:
-        raise refused[0]
-    places_now = {f"{publisher.topic.id}/{partition}": end for partition, end in ends.items()}
-    link.mailer.seal(Seal(seen.id, seen.total, link.store.ends(seen.id) | places_now, life), PATIENCE)
+    link.mailer.settle(seen.lane, receipts)
+    link.mailer.seal(Seal(seen.id, seen.total, link.store.ends(seen.id) | receipts.ends, life), PATIENCE)
     return sent
 
 

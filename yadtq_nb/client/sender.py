@@ -16,7 +16,7 @@ from typing import Any, Final
 import msgspec
 
 from yadtq_nb import codec, journal, needs
-from yadtq_nb.backlog.publish import MAX_RECORD, Publisher
+from yadtq_nb.backlog.publish import MAX_RECORD, Acknowledged, Publisher, Receipts
 from yadtq_nb.client import planner
 from yadtq_nb.client.board import Board
 from yadtq_nb.client.drawer import Drawer
@@ -189,7 +189,7 @@ class Mailer:
         number: int,
         first: int,
         items: Sequence[Any],
-        acknowledged: Callable[[BacklogError | None, int, int], None] | None,
+        acknowledged: Acknowledged | None,
         *,
         total: int = -1,
     ) -> tuple[int, int]:
@@ -293,9 +293,16 @@ class Mailer:
         """Wait until Kafka has taken everything of a lane; what is told of jobs goes with the normal one."""
         return self._publisher(lane).flush(FLUSH)
 
-    def topic_id(self, lane: Lane) -> str:
-        """Return the life of the tasks topic that is written to."""
-        return self._publisher(lane).topic.id
+    def settle(self, lane: Lane, receipts: Receipts) -> None:
+        """Wait until Kafka has taken everything of a lane, and says where.
+
+        Raises:
+            BacklogError: it has not in time, or has refused a record.
+        """
+        if not self.flush(lane):
+            raise BacklogError("Kafka has not taken all records in time; is the broker up?")
+        if receipts.refused is not None:
+            raise receipts.refused
 
 
 class Sender:
@@ -341,10 +348,10 @@ class Sender:
         #: Index of the next item.
         self._sent = first
         self._bytes = 0
-        self._ends: dict[int, int] = {}
-        self._refused: BacklogError | None = None
+        self._receipts = Receipts()
         self._drawer: Drawer | None = None
         self._abandoned: JobError | None = None
+        self._over = False
         self._hurried = False
         #: True once the queue has everything, or never will.
         self.finished = threading.Event()
@@ -362,8 +369,9 @@ class Sender:
         """Id of the job."""
         return self._packet.job
 
-    def stop(self) -> None:
-        """Send no more, and draw no more."""
+    def stop(self, *, over: bool = False) -> None:
+        """Send no more, and draw no more; over says that the queue has ended the job, and tells so by itself."""
+        self._over |= over
         self._abandoned = JobError("the queue was closed while its items were being drawn", job=self._packet.job)
         if self._drawer is not None:
             self._drawer.close(self._abandoned)
@@ -393,7 +401,7 @@ class Sender:
             self.finished.set()
 
     def _give_up(self, exc: BaseException) -> None:
-        if isinstance(self._board.failure, JobCancelledError | JobTimeoutError | JobNotFoundError):
+        if self._over or isinstance(self._board.failure, JobCancelledError | JobTimeoutError | JobNotFoundError):
             return  # ended for everyone, as the queue knows
         log.warning("job %s was not sent whole: %s", self._packet.name, exc)
         failure = JobIncompleteError(
@@ -402,7 +410,8 @@ class Sender:
             job=self._packet.name,
         )
         failure.__cause__ = exc
-        if isinstance(exc, YadtqError) or not self._mailer.flush(self._packet.lane) or self._refused is not None:
+        lacking = isinstance(exc, YadtqError) or not self._mailer.flush(self._packet.lane)
+        if lacking or self._receipts.refused is not None:
             self._board.end(failure)
         else:
             self._board.cut(failure, self._sent)
@@ -441,11 +450,11 @@ class Sender:
                 self._wait_for_room(window)
 
     def _send(self, items: Sequence[Any]) -> None:
-        if (stop := self._abandoned or self._refused) is not None:
+        if (stop := self._abandoned or self._receipts.refused) is not None:
             raise stop
         if self._board.ended and self._board.failure is not None:
             raise self._board.failure
-        chunks, size = self._mailer.send(self._packet, self._number, self._sent, items, self._acknowledge)
+        chunks, size = self._mailer.send(self._packet, self._number, self._sent, items, self._receipts)
         self._number += chunks
         self._sent += len(items)
         self._bytes += size
@@ -492,21 +501,10 @@ class Sender:
             if board.failure is not None:
                 raise board.failure
 
-    def _acknowledge(self, error: BacklogError | None, partition: int, offset: int) -> None:
-        if error is not None:
-            self._refused = error
-        else:
-            self._ends[partition] = max(self._ends.get(partition, 0), offset + 1)
-
     def _seal(self) -> None:
         self._mailer.ring()
-        lane = self._packet.lane
-        if not self._mailer.flush(lane):
-            raise BacklogError("Kafka has not taken all records in time; is the broker up?")
-        if self._refused is not None:
-            raise self._refused
-        ends = {f"{self._mailer.topic_id(lane)}/{partition}": end for partition, end in self._ends.items()}
-        seal = Seal(self._packet.job, self._sent, self._earlier | ends, self._life)
+        self._mailer.settle(self._packet.lane, self._receipts)
+        seal = Seal(self._packet.job, self._sent, self._earlier | self._receipts.ends, self._life)
         self._mailer.seal(seal, _PATIENCE)
         patiently(lambda: self._store.stop_sending(self._packet.job), _PATIENCE)
 

@@ -1,0 +1,77 @@
+"""What the broker says of what it was sent, and who may go by it: a seal tells where a job's last records lie."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import confluent_kafka
+import pytest
+
+from yadtq_nb import LocalCluster
+from yadtq_nb.backlog import publish
+from yadtq_nb.backlog.publish import Publisher, Receipts
+from yadtq_nb.backlog.reader import replay_jobs
+from yadtq_nb.errors import BacklogError
+
+
+def test_flush_ends_after_every_sender_was_told_where_its_records_lie(cluster: LocalCluster) -> None:
+    told = []
+
+    def slowly(error: BacklogError | None, where: str, offset: int) -> None:
+        time.sleep(0.1)
+        told.append((error, where, offset))
+
+    publisher = Publisher(cluster.config, "told")
+    try:
+        publisher.send_chunk(b"record", slowly)
+        assert publisher.flush(30)
+        assert told == [(None, f"{publisher.topic.id}/0", 0)]
+    finally:
+        publisher.close()
+
+
+@pytest.mark.parametrize("to_jobs", [False, True])
+def test_record_that_is_said_to_be_there_but_not_where_is_sent_again(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch, to_jobs: bool
+) -> None:
+    """librdkafka takes it for acknowledged when a later one is, and Kafka takes a later one first: KAFKA-15591."""
+
+    class Believing(confluent_kafka.Producer):
+        def produce(self, *args: Any, on_delivery: Any = None, **more: Any) -> None:
+            if on_delivery is None or believed:
+                super().produce(*args, on_delivery=on_delivery, **more)
+            else:
+                believed.append(on_delivery)
+
+        def poll(self, timeout: float = -1) -> int:
+            if len(believed) == 1:
+                believed.append(None)
+                believed[0](None, Placeless())
+            return super().poll(timeout)
+
+    class Placeless:
+        def partition(self) -> int:
+            return 0
+
+        def offset(self) -> None:
+            return None
+
+    believed: list[Any] = []
+    monkeypatch.setattr(publish, "Producer", Believing)
+    publisher = Publisher(cluster.config, "placeless")
+    receipts = Receipts()
+    try:
+        if to_jobs:
+            publisher.send_job("key", b"record", receipts)
+        else:
+            publisher.send_chunk(b"record", receipts)
+        assert publisher.flush(30)
+        assert len(believed) == 2
+        assert receipts.ends == {f"{publisher.topic.id}/0": 1}
+        if to_jobs:
+            assert list(replay_jobs(cluster.config, "placeless")) == [("key", b"record")]
+        else:
+            assert sum(publisher._topics.ends(publisher.topic).values()) == 1
+    finally:
+        publisher.close()
