@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 from importlib.metadata import version
 from pathlib import Path
@@ -131,11 +130,12 @@ def worker(
 ) -> None:
     """Run a worker node until Ctrl-C or SIGTERM."""
     from yadtq_nb.local.stack import cores
+    from yadtq_nb.worker import logs
     from yadtq_nb.worker.node import serve
 
     settings, limit = _settings(kafka, redis, secret_file), config.parse_memory_limit(memory_limit)
     slots = slots or cores()
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.set_up()
     out.print(f"Worker of queue [bold]{escape(queue)}[/] with {slots} slots")
     out.print(f"  Kafka  {escape(settings.kafka)}")
     out.print(f"  Redis  {escape(shown(settings.redis))}")

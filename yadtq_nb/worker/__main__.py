@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import logging
 
 from yadtq_nb import config
 from yadtq_nb.errors import ConfigError
+from yadtq_nb.worker import logs
 from yadtq_nb.worker.node import Node, serve
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     settings = config.load()
     if settings is None:
         raise ConfigError("no servers are configured: set YADTQ_CONFIG, or YADTQ_KAFKA and YADTQ_REDIS")
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.set_up()
     serve(
         settings,
         queue=given.queue,

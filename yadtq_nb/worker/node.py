@@ -289,7 +289,9 @@ class Node:
             # What was not for a lent slot still lies there.
             if len(leases) == free or lent:
                 self._may_take = True
-        except (NotLiveError, CodecError):
+        except NotLiveError:
+            log.warning("nothing is taken: this node's heartbeat is late")
+        except CodecError:
             log.warning("nothing could be taken", exc_info=True)
         except WorkbenchError as exc:
             log.warning("taking waits: %s", exc)
