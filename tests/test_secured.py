@@ -368,3 +368,9 @@ def test_options_in_the_file_that_are_no_table_are_named(monkeypatch: pytest.Mon
     (tmp_path / "yadtq.toml").write_text("kafka_options = 3\n")
     with pytest.raises(ConfigError, match=r"\[kafka_options\]"):
         configuration.load(kafka="host:9092", redis="redis://host", secret="x")
+
+
+@pytest.mark.parametrize("options", [{"acks": 0}, {"request.required.acks": "0"}])
+def test_options_with_which_kafka_would_tell_nothing_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="acks=0"):
+        configuration.load(kafka="host:9092", redis="redis://host", secret="x", kafka_options=options)

@@ -99,6 +99,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 f"a lease of {self.lease} s would lapse between heartbeats of {self.heartbeat} s: "
                 "make it 2.5 times as long"
             )
+        if any(str(self.kafka_options.get(name)) == "0" for name in ("acks", "request.required.acks")):
+            raise ConfigError("acks=0 in kafka_options: Kafka would not tell what it has, and tasks could be lost")
 
     @property
     def key(self) -> bytes:
