@@ -129,8 +129,12 @@ def load(
         settings.pop(name, None)
     for name in ("kafka_options", "redis_options"):
         _table(file, settings, name)
+    # A misspelt one must not mean the local stack.
+    for name in sorted(settings.keys() - set(Config.__struct_fields__)):
+        known = ", ".join(sorted({*Config.__struct_fields__, *_LOCAL_KEYS}))
+        raise ConfigError(f"{file}: {name!r} is no setting; there are {known}")
     try:
-        # The file by itself: a misspelt key must not mean the local stack.
+        # The file by itself, whatever arguments say.
         msgspec.convert({"kafka": "-", "redis": "-", "secret": "-", **settings}, Config)
     except (msgspec.ValidationError, ConfigError) as exc:
         raise ConfigError(f"{file or 'settings'}: {exc}") from exc
