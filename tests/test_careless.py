@@ -96,7 +96,7 @@ def test_misspelt_setting_is_named_instead_of_ignored(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     for name in ("YADTQ_CONFIG", "YADTQ_KAFKA", "YADTQ_REDIS"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ConfigError, match="'kafka_server' is no setting; there are .*kafka, kafka_options"):
+    with pytest.raises(ConfigError, match=r"'kafka_server' is no setting; there are .*kafka, kafka_options"):
         config.load()
     (tmp_path / "yadtq.toml").write_text("kafka = 5\n")
     with pytest.raises(ConfigError, match=r"kafka"):

@@ -118,6 +118,7 @@ def test_task_that_exits_fails_and_does_not_end_the_notebook(queue: Queue, error
     assert (found[0], found[2]) == (0, 2)
     assert type(found[1]) is TaskError
     assert found[1].type_name == type(error).__name__
+    assert str(found[1]) == f"{type(error).__name__}: {error}".removesuffix(": ")
     assert type(queue.submit(sys.exit, "bye").exception(LIMIT)) is TaskError
 
 

@@ -418,7 +418,7 @@ def revive(info: ErrorInfo | None, index: int) -> BaseException:
 
 def _stand_in(info: ErrorInfo, index: int, why: str) -> TaskError:
     cls: type[TaskError] = getattr(errors, info.ours, TaskError)
-    message = info.message if info.ours != "TaskError" else f"{info.type_name}: {info.message}{why}"
+    message = info.message if info.ours != "TaskError" else info.line(info.type_name) + why
     facts = msgspec.structs.asdict(info.crashed) if info.crashed is not None and cls is TaskCrashedError else {}
     error = cls(message, index=index, type_name=info.type_name, remote_traceback=info.traceback, **facts)
     if info.traceback:

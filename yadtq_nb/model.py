@@ -263,6 +263,10 @@ class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
     #: Of a TaskCrashedError.
     crashed: Crashed | None = None
 
+    def line(self, type_name: str) -> str:
+        """Return how a traceback ends, with the type named so."""
+        return f"{type_name}: {self.message}" if self.message else type_name
+
 
 class Segment(msgspec.Struct, frozen=True, array_like=True):
     """Outcomes of some tasks of one chunk, packed together."""

@@ -205,7 +205,7 @@ class Table:
             self.values[index] = value
             self.states[index] = segment.states[position]
             if isinstance(value, Failure) and value.info is not None:
-                self.errors[index] = f"{value.info.type_name.rpartition('.')[2]}: {value.info.message}"
+                self.errors[index] = value.info.line(value.info.type_name.rpartition(".")[2])
             self.workers[index] = segment.worker
             self.started[index], self.seconds[index], self.attempts[index] = started[position], seconds[position], 1
         for index, attempt in segment.attempts.items():
