@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,7 +86,7 @@ def test_what_was_fed_just_before_redis_lost_its_last_second_is_sent_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The store is frozen while it writes its file, so to say, and the broker is gone before its chunks are read again.
-    monkeypatch.setattr(publish, "_ROLLBACK", 60.0)
+    monkeypatch.setattr(publish, "ROLLBACK", 60.0)
     with LocalCluster(slots=1, workers=1) as cluster, cluster.queue() as queue:
         assert queue.submit(abs, -1).result(30) == 1
         cluster.workers[0].stop()
@@ -107,6 +108,33 @@ def test_what_was_fed_just_before_redis_lost_its_last_second_is_sent_again(
         cluster.restart_broker()
         cluster.workers[0].start()
         assert job.results(60) == list(range(12))
+
+
+def test_end_of_sending_and_cancel_that_redis_lost_with_its_last_second_are_told_again(tmp_path: Path) -> None:
+    gate = threading.Event()
+
+    def items() -> Iterator[int]:
+        yield from range(4)
+        gate.wait()
+
+    with LocalCluster(slots=1, workers=1) as cluster, cluster.queue() as queue:
+        drawn = queue.map(slow, items(), kwargs={"seconds": 0.0}, chunksize=2)
+        wait_until(lambda: drawn.progress.succeeded == 4)
+        stopped = queue.map(slow, range(100), kwargs={"seconds": 0.5}, chunksize=1)
+        wait_until(lambda: stopped.progress.succeeded > 0)
+        time.sleep(0.5)
+        before, store = tmp_path / "before", cluster._home.store
+        shutil.copytree(store, before)
+        gate.set()
+        wait_until(lambda: (record := queue._link().store.record(drawn.id)) and record.ended)
+        stopped.cancel()
+        cluster.kill_store()
+        shutil.rmtree(store)
+        shutil.copytree(before, store)
+        cluster.restart_store()
+        with cluster.queue() as other:
+            assert other.job(drawn.id).results(30) == list(range(4))
+            wait_until(lambda: other.job(stopped.id).state == "cancelled")
 
 
 def test_what_lies_in_the_next_life_of_the_topic_is_not_taken_for_what_was_fed_in_the_last() -> None:

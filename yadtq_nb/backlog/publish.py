@@ -55,7 +55,7 @@ _LOOK_POLL: Final = 1.0
 _LOOK_SOON: Final = 0.005
 #: Seconds for which what was fed is held on: a Redis that is killed right then comes back without its last second, or
 #: two where its disk was busy, and a broker in memory may be gone by then.
-_ROLLBACK: Final = 3.0
+ROLLBACK: Final = 3.0
 #: Bytes that are held of what was fed, or lies with a broker that has it on disk.
 _HELD: Final = 64 * 1024 * 1024
 
@@ -411,7 +411,7 @@ class Publisher:
             letter.fed = True
         self._resting += [(now, letter) for letter in fed]
         self._resting_bytes += sum(len(letter.value) for letter in fed)
-        while self._resting and (now - self._resting[0][0] > _ROLLBACK or self._resting_bytes > _HELD):
+        while self._resting and (now - self._resting[0][0] > ROLLBACK or self._resting_bytes > _HELD):
             _, letter = self._resting.popleft()
             self._resting_bytes -= len(letter.value)
 

@@ -11,8 +11,10 @@ import logging
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import Final
 
+from yadtq_nb.backlog.publish import ROLLBACK
 from yadtq_nb.client.board import Board
 from yadtq_nb.config import Config
 from yadtq_nb.errors import (
@@ -61,6 +63,10 @@ class Inbox:
         self._sending: collections.Counter[str] = collections.Counter()
         #: Job to when the workbench was last seen to know it.
         self._last_known: dict[str, float] = {}
+        #: What the workbench was told of the ends of jobs, and when; see told.
+        self._told: collections.deque[tuple[float, str, Callable[[JobStore], object]]] = collections.deque()
+        #: When the workbench was last heard.
+        self._contact = time.monotonic()
         self._lock = threading.Lock()
         self._closing = False
         self._position = patiently(self._news.news_position, PATIENCE)
@@ -99,6 +105,7 @@ class Inbox:
         """Tell the queue now and then that this process still sends a job."""
         with self._lock:
             self._sending[job] += 1
+            self._told = collections.deque(entry for entry in self._told if entry[1] != job)  # its end is over
         try:
             patiently(lambda: self._store.say_sending(job), PATIENCE)
         except WorkbenchError as exc:
@@ -111,6 +118,22 @@ class Inbox:
             self._sending[job] -= 1
             if self._sending[job] <= 0:
                 del self._sending[job]
+
+    def told(self, job: str, again: Callable[[JobStore], object]) -> None:
+        """Note that the workbench was told how a job ends: one that comes back without its last seconds is told again.
+
+        Feeding brings back what they held of chunks; this is told by nobody else.
+        """
+        with self._lock:
+            self._told.append((time.monotonic(), job, again))
+            while self._told[0][0] < self._contact - ROLLBACK:
+                self._told.popleft()
+
+    def _tell_again(self) -> None:
+        with self._lock:
+            told = [again for at, _, again in self._told if at >= self._contact - ROLLBACK]
+        for again in told:
+            again(self._store)
 
     def close(self, why: str) -> None:
         """Stop listening: whoever waits for a job is told why."""
@@ -136,7 +159,7 @@ class Inbox:
                     self._say_sending()
                     said_at = time.monotonic()
                 self._position, news, missed = self._news.wait_for_news(self._position, 0.5)
-                now = time.monotonic()
+                self._contact = now = time.monotonic()
                 if missed or now - heard_at > _SILENCE:
                     # Before hearing: news of a job's end ends its board, and what was missed must be on it by then.
                     heard_at = now
@@ -233,7 +256,10 @@ class Inbox:
 
     def _catch_up(self) -> None:
         life = self._news.run_id()
-        renewed, self._life = life != self._life, life
+        renewed = life != self._life
+        if renewed:
+            self._tell_again()
+            self._life = life
         newest = self._news.news_position()
         if _place(newest) < _place(self._position):
             # Redis came back older, or empty.

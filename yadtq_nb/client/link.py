@@ -67,7 +67,7 @@ class Link:
         self.inbox = Inbox(config, queue)
         self._publishers: dict[Lane, Publisher] = {}
         self._lock = threading.Lock()
-        self.mailer = Mailer(config, self.store, self.publisher, is_ours=self.is_ours)
+        self.mailer = Mailer(config, self.store, self.publisher, self.inbox, is_ours=self.is_ours)
         self._senders: list[Sender] = []
         self._pid = os.getpid()
         #: When the slots were last counted, and how many there were.
@@ -322,6 +322,7 @@ class Link:
         self.mailer.send_entry(cancel)
         self.mailer.flush()
         cancelled = patiently(lambda: self.store.cancel(cancel), PATIENCE)
+        self.inbox.told(job, lambda store: store.cancel(cancel))
         for sender in self._senders:
             if sender.job == job:
                 sender.stop(over=True)
@@ -333,6 +334,7 @@ class Link:
         self.mailer.send_entry(Cancel(job, "deleted"))
         self.mailer.flush()
         existed = patiently(lambda: self.store.delete(job), PATIENCE)
+        self.inbox.told(job, lambda store: store.delete(job))
         for sender in self._senders:
             if sender.job == job:
                 sender.stop(over=True)

@@ -156,6 +156,7 @@ class Mailer:
         config: Config,
         store: JobStore,
         publisher: Callable[[Lane], Publisher],
+        inbox: Inbox,
         *,
         is_ours: Callable[[object], bool],
     ) -> None:
@@ -163,6 +164,7 @@ class Mailer:
         self._config = config
         self._store = store
         self._publisher = publisher
+        self._inbox = inbox
         self._is_ours = is_ours
         self._kept: dict[str, float] = {}
         self._rung_at = 0.0
@@ -277,6 +279,7 @@ class Mailer:
         # Before the workbench knows: one that is emptied right then must find it in Kafka.
         self.send_safely(seal)
         patiently(lambda: self._store.seal(seal), patience)
+        self._inbox.told(seal.id, lambda store: store.seal(seal))
 
     def ring(self) -> None:
         """Wake feeders that do not wait at Kafka; once awake they stay so for a while."""
