@@ -482,7 +482,7 @@ class Link:
         """Close without sending anything more: the servers are about to end, and the jobs with them."""
         pending.remove(self)
         for sender in self._senders:
-            sender.stop()
+            sender.stop(over=True)  # what is told of its job is told below
         for publisher in self._publishers.values():
             publisher.close(0.0)
         self.inbox.close("the LocalCluster was closed, and the job with it,")
