@@ -8,11 +8,13 @@ from typing import Any
 import confluent_kafka
 import pytest
 
-from yadtq_nb import LocalCluster
+from yadtq_nb import JobError, JobIncompleteError, LocalCluster
 from yadtq_nb.backlog import publish
 from yadtq_nb.backlog.publish import Publisher, Receipts
 from yadtq_nb.backlog.reader import replay_jobs
+from yadtq_nb.client import link
 from yadtq_nb.errors import BacklogError
+from yadtq_nb.model import Seal
 
 
 def test_flush_ends_after_every_sender_was_told_where_its_records_lie(cluster: LocalCluster) -> None:
@@ -75,3 +77,47 @@ def test_record_that_is_said_to_be_there_but_not_where_is_sent_again(
             assert sum(publisher._topics.ends(publisher.topic).values()) == 1
     finally:
         publisher.close()
+
+
+def test_entry_that_kafka_refuses_is_not_taken_for_safe(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(confluent_kafka.Producer):
+        def produce(self, *args: Any, on_delivery: Any = None, **more: Any) -> None:
+            sent.append(on_delivery)
+
+        def poll(self, timeout: float = -1) -> int:
+            while sent:
+                sent.pop()(confluent_kafka.KafkaError(confluent_kafka.KafkaError.MSG_SIZE_TOO_LARGE), None)
+            return super().poll(timeout)
+
+    sent: list[Any] = []
+    with cluster.queue() as queue:
+        mailer = queue._link().mailer
+        mailer.send_safely(Seal("job", 0))
+        monkeypatch.setattr(publish, "Producer", Refusing)
+        publisher = Publisher(cluster.config, queue.name)
+        try:
+            monkeypatch.setattr(mailer, "_publisher", lambda lane: publisher)
+            with pytest.raises(BacklogError, match="did not take it"):
+                mailer.send_safely(Seal("job", 0))
+        finally:
+            publisher.close()
+
+
+def test_who_closes_before_kafka_has_all_is_told(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Silent(confluent_kafka.Producer):
+        def produce(self, *args: Any, **more: Any) -> None:
+            pass
+
+    monkeypatch.setattr(publish, "Producer", Silent)
+    monkeypatch.setattr(Publisher.close, "__defaults__", (0.1,))
+    monkeypatch.setattr(link, "_CLOSE", 0.5)
+    queue = cluster.queue()
+    job, future = queue.map(abs, range(100)), queue.submit(abs, 1)
+    queue.close()
+    with pytest.raises(JobIncompleteError, match="the queue was closed before Kafka"):
+        job.results(30)
+    with pytest.raises(JobError, match="was not sent: the queue was closed before Kafka"):
+        future.result(30)
+    assert "has not said that it has the last" in caplog.text

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from waiting import runs, traced, wait_until
 
 from yadtq_nb import Job, JobState, LocalCluster, Queue, WorkbenchFullError
 from yadtq_nb.backlog.connection import Topics, tasks_topic
+from yadtq_nb.backlog.reader import replay_jobs
 from yadtq_nb.local.home import Home
 from yadtq_nb.local.stack import Stack
 
@@ -100,6 +102,26 @@ def test_broker_that_is_stopped_for_a_while_and_started_again(
         servers.broker.start()
         check(job, audit, again=0)
         check(sent_meanwhile, late, again=0, count=100)
+
+
+def test_cancel_stops_what_runs_while_the_broker_does_not_answer(
+    servers: stacks.Servers, make_nodes: MakeNodes, audit: Path
+) -> None:
+    nodes = make_nodes()
+    with nodes.queue() as queue, nodes.queue() as another:
+        job = start_map(queue, audit, count=200, seconds=0.05)
+        seen = another.job(job.name)
+        os.kill(servers.broker.pid, signal.SIGSTOP)
+        cancelling = threading.Thread(target=job.cancel)
+        try:
+            cancelling.start()
+            wait_until(lambda: seen.state is JobState.CANCELLED, seconds=15)
+        finally:
+            os.kill(servers.broker.pid, signal.SIGCONT)
+        cancelling.join(LIMIT)
+        assert not cancelling.is_alive(), "it waits until Kafka has it, too"
+        cancels = {key for key, _ in replay_jobs(servers.config, queue.name)}
+        assert f"cancel/{job.id}" in cancels
 
 
 def test_store_that_is_killed_and_started_again_with_its_append_only_file_after_longer_than_a_lease(

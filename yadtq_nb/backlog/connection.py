@@ -24,6 +24,8 @@ _library_log = logging.getLogger("yadtq_nb.kafka")
 
 #: Seconds that Kafka may take to answer before it counts as away.
 TIMEOUT: Final = 10.0
+#: Of consumers: what others write to our topics in a transaction, and do not end, holds up nothing that comes after it.
+ISOLATION: Final = "read_uncommitted"
 #: Bytes of refused records that are kept.
 _DEAD_BYTES: Final = str(256 * 1024 * 1024)
 #: Seconds between looks at what has gone wrong while an answer is waited for.
@@ -114,9 +116,12 @@ class Topics:
         self.others: frozenset[Lane] = frozenset()
         #: What went wrong last on the way to the broker: the library itself says no more than that it took too long.
         self._trouble: KafkaError | None = None
-        with translate_kafka_errors(config):
+        self._connect()
+
+    def _connect(self) -> None:
+        with translate_kafka_errors(self._config):
             # The futures of its calls fail once the client is collected: it is kept.
-            self._admin = AdminClient(settings(config, error_cb=self._note_trouble))
+            self._admin = AdminClient(settings(self._config, error_cb=self._note_trouble))
 
     def ensure(self) -> Topic:
         """Make what is missing, and return the tasks topic as it is.
@@ -124,17 +129,27 @@ class Topics:
         Raises:
             BacklogError: Kafka cannot be reached or refuses.
         """
-        with translate_kafka_errors(self._config):
-            found, whole = self._describe()
-            if found is None or not whole:
-                self._create()
-                # A broker tells of a new topic a moment after it has made it.
-                deadline = time.monotonic() + TIMEOUT
-                while (found is None or not whole) and time.monotonic() < deadline:
-                    time.sleep(_LOOK_AGAIN)
-                    found, whole = self._describe()
+        try:
+            with translate_kafka_errors(self._config):
+                found = self._found_or_made()
+        except BacklogError:
+            # A client that a broker has told of no controller, as one does that was stopped for a while and goes on,
+            # waits for one, and asks again only after five minutes.
+            self._connect()
+            raise
         if found is None:
             raise BacklogError(f"topic {self._tasks} was made on {self._config.kafka}, but is not there")
+        return found
+
+    def _found_or_made(self) -> Topic | None:
+        found, whole = self._describe()
+        if found is None or not whole:
+            self._create()
+            # A broker tells of a new topic a moment after it has made it.
+            deadline = time.monotonic() + TIMEOUT
+            while (found is None or not whole) and time.monotonic() < deadline:
+                time.sleep(_LOOK_AGAIN)
+                found, whole = self._describe()
         return found
 
     def ends(self, topic: Topic) -> dict[int, int]:
@@ -187,14 +202,16 @@ class Topics:
             raise
 
     def _describe(self) -> tuple[Topic | None, bool]:
-        """Return the tasks topic, and whether the dead topic is there too: queues of older versions have none."""
+        """Return the tasks topic, and whether those beside it are there, too: all that may be gone is made again."""
         lanes = LANES if self._lane == "normal" else (self._lane,)
-        names = [dead_topic(self._queue), *(tasks_topic(self._queue, lane) for lane in lanes)]
+        beside = [topic(self._queue) for topic in (jobs_topic, events_topic, dead_topic)]
+        names = [*beside, *(tasks_topic(self._queue, lane) for lane in lanes)]
         futures = self._admin.describe_topics(TopicCollection(names), request_timeout=TIMEOUT)
-        dead, *tasks = (self._described(futures[name]) for name in names)
+        described = [self._described(futures[name]) for name in names]
+        tasks = described[len(beside) :]
         found = {lane: topic for lane, topic in zip(lanes, tasks, strict=True) if topic is not None}
         self.others = frozenset(found) - {self._lane}
-        return found.get(self._lane), dead is not None
+        return found.get(self._lane), None not in described[: len(beside)]
 
     def _described(self, future: Future[Any]) -> Topic | None:
         try:

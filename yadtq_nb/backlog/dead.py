@@ -9,7 +9,7 @@ import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from yadtq_nb import codec
-from yadtq_nb.backlog.connection import TIMEOUT, dead_topic, settings, translate_kafka_errors
+from yadtq_nb.backlog.connection import ISOLATION, TIMEOUT, dead_topic, settings, translate_kafka_errors
 from yadtq_nb.config import Config
 from yadtq_nb.errors import FormatError
 
@@ -85,10 +85,19 @@ def read_dead(config: Config, queue: str) -> Iterator[Dead]:
 
 
 def _notes(config: Config, queue: str) -> Iterator[Dead]:
-    more = {"fetch.wait.max.ms": 10} if config.reading == "wake" else {}
+    # The last offset may be that of no record, but of the end of a transaction.
+    more = {"fetch.wait.max.ms": 10} if config.reading == "wake" else {"enable.partition.eof": True}
     with translate_kafka_errors(config):
         consumer = Consumer(
-            settings(config, **{"group.id": f"yadtq.{queue}.dead", "enable.auto.commit": False, **more})
+            settings(
+                config,
+                **{
+                    "group.id": f"yadtq.{queue}.dead",
+                    "enable.auto.commit": False,
+                    "isolation.level": ISOLATION,
+                    **more,
+                },
+            )
         )
         try:
             low, high = _bounds(consumer, queue)
@@ -102,13 +111,15 @@ def _notes(config: Config, queue: str) -> Iterator[Dead]:
                     return
                 if message is None:
                     raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
-                if message.error() is None:
+                if (error := message.error()) is None:
                     reached = (message.offset() or 0) + 1
                     if (note := _note(message.headers())) is not None:
                         yield note
-                    # Of a partition with batches of several records Tansu says a smaller end than it has.
-                    if reached >= high and config.reading != "wake":
-                        return
+                elif error.code() == KafkaError._PARTITION_EOF:
+                    reached = max(reached, message.offset() or 0)
+                # Of a partition with batches of several records Tansu says a smaller end than it has.
+                if reached >= high and config.reading != "wake":
+                    return
         finally:
             consumer.close()
 

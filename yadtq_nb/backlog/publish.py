@@ -196,6 +196,11 @@ class Publisher:
         with self._empty:
             return self._empty.wait_for(lambda: not self._letters, timeout)
 
+    def unsent(self) -> int:
+        """Return how many records the broker has not acknowledged."""
+        with self._lock:
+            return len(self._letters)
+
     def settle(self, timeout: float) -> bool:
         """Wait until everything is safe: acknowledged, and fed where the broker keeps it in memory only."""
         deadline = time.monotonic() + timeout
@@ -211,10 +216,15 @@ class Publisher:
         return not self._letters and not (self._forgets and self._unsafe)
 
     def close(self, timeout: float = TIMEOUT) -> bool:
-        """Flush and stop. False when some records were not taken."""
+        """Flush and stop. False when some records were not taken: given time for that, it tells their senders."""
         taken = self.flush(timeout)
         self._closing.set()
         self._thread.join()
+        with self._lock:
+            left = list(self._letters.values()) if timeout else []
+        for letter in left:
+            error = f"the queue was closed before Kafka at {self._config.kafka} said that it has it"
+            self._settle(letter, BacklogError(error))
         self._producer.flush(0.5)
         # By itself it would go on looking for its broker until it is collected.
         self._producer.purge()

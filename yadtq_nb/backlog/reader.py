@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from yadtq_nb.backlog.connection import TIMEOUT, Topic, Topics, jobs_topic, settings, translate_kafka_errors
+from yadtq_nb.backlog.connection import ISOLATION, TIMEOUT, Topic, Topics, jobs_topic, settings, translate_kafka_errors
 from yadtq_nb.config import Config
 from yadtq_nb.errors import BacklogError
 from yadtq_nb.model import Lane
@@ -41,8 +41,11 @@ class OffsetLostError(Exception):
 class Reader:
     """Reads given partitions from given offsets. For one thread."""
 
-    def __init__(self, config: Config, queue: str, topic: Topic) -> None:
+    def __init__(self, config: Config, queue: str, topic: Topic, *, to_ends: bool = False) -> None:
+        """Connect; to_ends says that the ends of partitions are to be noted: see reached."""
         self._config = config
+        #: Partition -> its end, once it was reached.
+        self._reached: dict[int, int] | None = {} if to_ends else None
         self._topic = topic
         self._queue = queue
         self._wait = 0
@@ -63,6 +66,8 @@ class Reader:
                         "enable.auto.offset.store": False,
                         # A silent jump to either end would skip or repeat chunks: an error is handled.
                         "auto.offset.reset": "error",
+                        "enable.partition.eof": self._reached is not None,
+                        "isolation.level": ISOLATION,
                         "queued.max.messages.kbytes": 65_536,
                         **more,
                     },
@@ -106,10 +111,16 @@ class Reader:
             messages = [first, *self._consumer.consume(most - 1, 0)]
         return [self._record(message) for message in messages if self._is_record(message)]
 
+    def reached(self) -> dict[int, int]:
+        """Return the ends that were reached: there may lie no record before them, but the end of a transaction."""
+        return dict(self._reached or {})
+
     def _is_record(self, message: Message) -> bool:
         error = message.error()
         if error is None:
             return True
+        if error.code() == KafkaError._PARTITION_EOF and self._reached is not None:
+            self._reached[message.partition() or 0] = message.offset() or 0
         if error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):
             raise OffsetLostError(message.partition() or 0)
         if error.fatal() or not _passes_by_itself(error):
@@ -160,7 +171,18 @@ def replay_jobs(config: Config, queue: str) -> Iterator[tuple[str, bytes | None]
         BacklogError: Kafka cannot be reached.
     """
     with translate_kafka_errors(config):
-        consumer = Consumer(settings(config, **{"group.id": f"yadtq.{queue}.replay", "enable.auto.commit": False}))
+        consumer = Consumer(
+            settings(
+                config,
+                **{
+                    "group.id": f"yadtq.{queue}.replay",
+                    "enable.auto.commit": False,
+                    # The last offset may be that of no record, but of the end of a transaction.
+                    "enable.partition.eof": config.reading == "poll",
+                    "isolation.level": ISOLATION,
+                },
+            )
+        )
         try:
             place = TopicPartition(jobs_topic(queue), 0)
             low, high = consumer.get_watermark_offsets(place, timeout=TIMEOUT)
@@ -175,11 +197,13 @@ def replay_jobs(config: Config, queue: str) -> Iterator[tuple[str, bytes | None]
                     return  # of batches of several records Tansu says a smaller end than it has
                 if message is None:
                     raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
-                if message.error() is None:
+                if (error := message.error()) is None:
                     key, value = message.key(), message.value()
                     # Whoever wrote it: a key that is no text must not end the node that reads it.
                     yield (key.decode(errors="replace") if isinstance(key, bytes) else str(key)), value
                     reached = (message.offset() or 0) + 1
+                elif error.code() == KafkaError._PARTITION_EOF:
+                    reached = max(reached, message.offset() or 0)
         finally:
             consumer.close()
 
@@ -192,7 +216,7 @@ def replay_tasks(config: Config, queue: str, lane: Lane) -> Iterator[bytes]:
     """
     topics = Topics(config, queue, lane)
     topic = topics.ensure()
-    reader = Reader(config, queue, topic)
+    reader = Reader(config, queue, topic, to_ends=config.reading == "poll")
     try:
         positions = {partition: reader.log_start(partition) for partition in range(topic.partitions)}
         ends = topics.ends(topic)
@@ -201,7 +225,8 @@ def replay_tasks(config: Config, queue: str, lane: Lane) -> Iterator[bytes]:
         while True:
             records = reader.poll(_SILENCE, 500)
             # Silence, too: of batches of several records Tansu says a smaller end than it has.
-            if not records and all(positions[partition] >= end for partition, end in ends.items()):
+            reached = reader.reached()
+            if not records and all(max(positions[p], reached.get(p, 0)) >= end for p, end in ends.items()):
                 return
             now = time.monotonic()
             if records:

@@ -142,6 +142,8 @@ class Inbox:
         with self._lock:
             boards = list(self._boards.values())
         for board in boards:
+            if board.failure is not None:  # it does not go on: it was not sent whole
+                continue
             self._end(board, QueueClosedError(f"{why} while job {board.name!r} ran", job=board.name))
         self._news.close()
         self._store.close()

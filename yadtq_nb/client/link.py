@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import itertools
+import logging
 import os
 import socket
 import sys
@@ -14,7 +15,7 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -41,8 +42,18 @@ from yadtq_nb.model import CallStyle, Cancel, Environment, Lane, Need, Reopen, S
 from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobRecord, JobStore
 
+_T = TypeVar("_T")
+
+log = logging.getLogger(__name__)
+
 #: Seconds that exit waits for what is sent to be safe; with no worker to feed it, it may never be.
 _SAFE: Final = 10.0
+#: Seconds that a closing queue waits for a sender to say that its job was not sent whole.
+_TOLD: Final = 2.0
+#: Seconds that closing waits for what has an end to be sent.
+_CLOSE: Final = 60.0
+#: Seconds that Kafka has to take the word that a job is ended, before the workbench hears it.
+_TELL: Final = 1.0
 #: Pairs of words that are tried for a name before the job's id is.
 _WORDS_TRIED: Final = 5
 #: Seconds for which the number of slots is taken to be known.
@@ -318,27 +329,32 @@ class Link:
     def cancel(self, job: str) -> int:
         """Cancel a job; see Job.cancel."""
         cancel = Cancel(job)
-        # To Kafka first: a workbench that is filled again must not bring the job back to life.
-        self.mailer.send_entry(cancel)
-        self.mailer.flush()
-        cancelled = patiently(lambda: self.store.cancel(cancel), PATIENCE)
-        self.inbox.told(job, lambda store: store.cancel(cancel))
-        for sender in self._senders:
-            if sender.job == job:
-                sender.stop(over=True)
-        return cancelled
+        return self._end(cancel, lambda store: store.cancel(cancel))
 
     def delete(self, job: str) -> bool:
         """Delete a job; see Job.delete."""
-        # To Kafka first, as with a cancel.
-        self.mailer.send_entry(Cancel(job, "deleted"))
-        self.mailer.flush()
-        existed = patiently(lambda: self.store.delete(job), PATIENCE)
-        self.inbox.told(job, lambda store: store.delete(job))
+        return self._end(Cancel(job, "deleted"), lambda store: store.delete(job))
+
+    def _end(self, cancel: Cancel, end: Callable[[JobStore], _T]) -> _T:
+        # To Kafka first: a workbench that is filled again must not bring the job back to life. But where Kafka is away
+        # its tasks do not run on until it is back.
+        away: BacklogError | None = None
+        told = False
+        try:
+            self.mailer.send_entry(cancel)
+            told = self.mailer.flush(timeout=_TELL)
+        except BacklogError as exc:
+            away = exc
+        ended = patiently(lambda: end(self.store), PATIENCE)
+        self.inbox.told(cancel.id, end)
         for sender in self._senders:
-            if sender.job == job:
+            if sender.job == cancel.id:
                 sender.stop(over=True)
-        return existed
+        if away is not None:
+            raise away
+        if not told:
+            self.mailer.flush()
+        return ended
 
     def fixed(
         self, seen: JobRecord, fn: Callable[..., Any], kwargs: dict[str, Any] | None, where: Environment
@@ -446,6 +462,12 @@ class Link:
                 sender.abandon()
         for publisher in list(self._publishers.values()):
             publisher.settle(min(_SAFE, max(0.1, deadline - time.monotonic())))
+        unsent = sum(publisher.unsent() for publisher in list(self._publishers.values())) if ending else 0
+        if unsent:
+            log.warning(
+                "queue %r is left, but Kafka at %s has not said that it has the last %d records: send again what lacks",
+                *(self.queue, self.config.kafka, unsent),
+            )
 
     def is_sending(self) -> bool:
         """Tell whether something that has an end is not sent yet, or not safe."""
@@ -457,9 +479,10 @@ class Link:
     def close(self) -> None:
         """Send what is being sent, and close."""
         pending.remove(self)
-        self.finish_sending(60.0, ending=True)
-        for publisher in self._publishers.values():
-            publisher.close()
+        self.finish_sending(_CLOSE, ending=True)
+        taken = [publisher.close() for publisher in self._publishers.values()]
+        for sender in self._senders if not all(taken) else ():
+            sender.finished.wait(_TOLD)  # its job is not one that goes on
         self.inbox.close("the queue was closed (open one and use queue.job(...): the job goes on)")
         self.store.close()
 
@@ -467,7 +490,7 @@ class Link:
         """Close without sending anything more: the servers are about to end, and the jobs with them."""
         pending.remove(self)
         for sender in self._senders:
-            sender.stop()
+            sender.stop(over=True)  # what is told of its job is told below
         for publisher in self._publishers.values():
             publisher.close(0.0)
         self.inbox.close("the LocalCluster was closed, and the job with it,")

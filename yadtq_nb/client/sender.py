@@ -256,9 +256,9 @@ class Mailer:
         with needs.collecting(self._is_ours) as met:
             return codec.dumps(items), met.needs()
 
-    def send_entry(self, entry: Manifest | Reopen | Seal | Cancel) -> None:
+    def send_entry(self, entry: Manifest | Reopen | Seal | Cancel, acknowledged: Acknowledged | None = None) -> None:
         """Write an entry to the jobs topic."""
-        self._publisher("normal").send_job(*journal.encode(self._config.key, entry))
+        self._publisher("normal").send_job(*journal.encode(self._config.key, entry), acknowledged)
 
     def send_safely(self, entry: Reopen | Seal) -> None:
         """Write an entry to the jobs topic, and wait until Kafka has it.
@@ -266,9 +266,9 @@ class Mailer:
         Raises:
             BacklogError: it has not taken it.
         """
-        self.send_entry(entry)
-        if not self.flush():
-            raise BacklogError("Kafka has not taken what was said of the job in time; is the broker up?")
+        receipts = Receipts()
+        self.send_entry(entry, receipts)
+        self.settle("normal", receipts)
 
     def seal(self, seal: Seal, patience: float) -> None:
         """Say that a job was sent whole, waiting so many seconds for Redis.
@@ -292,9 +292,9 @@ class Mailer:
                 # What was sent is sent: feeders look by themselves now and then.
                 log.warning("nobody was rung for: %s", exc)
 
-    def flush(self, lane: Lane = "normal") -> bool:
+    def flush(self, lane: Lane = "normal", *, timeout: float = FLUSH) -> bool:
         """Wait until Kafka has taken everything of a lane; what is told of jobs goes with the normal one."""
-        return self._publisher(lane).flush(FLUSH)
+        return self._publisher(lane).flush(timeout)
 
     def settle(self, lane: Lane, receipts: Receipts) -> None:
         """Wait until Kafka has taken everything of a lane, and says where.

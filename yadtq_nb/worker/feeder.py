@@ -107,6 +107,8 @@ class Feeder:
         self._slots = slots
         self._positions: dict[int, int] = {}
         self._held: list[_Opened] = []
+        #: Partitions that could not be read where their cursor is.
+        self._lost: set[int] = set()
         self._assigned = False
         self._last_record = 0.0
         self._rung = threading.Event()
@@ -170,12 +172,14 @@ class Feeder:
                 self._pause()
             except OffsetLostError as exc:
                 log.warning("partition %d cannot be read where the cursor is", exc.partition)
+                self._lost.add(exc.partition)
                 self._look_at = 0.0
                 self._assigned = False
                 self._pause()
 
     def _round(self) -> None:
         self._look_at_topic()
+        self._leave_lost()
         self._take_shares()
         if not self._held:
             if self._is_idle():
@@ -206,13 +210,30 @@ class Feeder:
             log.warning("topic %s has been made again", topic.name)
             self._reader.close()
             self._turn_to(topic)
+        elif topic.partitions != self._topic.partitions:
+            log.warning("topic %s has %d partitions now", topic.name, topic.partitions)
+            self._topic = topic  # the next heartbeat shares them out
 
     def _turn_to(self, topic: Topic) -> None:
         """Read another life of the topic, from its cursors, once the old reader is closed."""
         self._topic = topic
         self._reader = Reader(self._config, self._queue, topic)
-        self._held, self._assigned = [], False
+        self._held, self._lost, self._assigned = [], set(), False
         self._positions = {p: self._find(p, self._bench.cursor(p)) for p in self._positions}
+
+    def _leave_lost(self) -> None:
+        """Go on where the log begins, if its records were deleted up to there; their jobs will say what is lost."""
+        while self._lost:
+            partition = min(self._lost)
+            offset = self._positions.get(partition)
+            if offset is not None and offset < (start := self._reader.log_start(partition)):
+                log.error(
+                    "records %d to %d of partition %d of %s were deleted before they were read",
+                    *(offset, start - 1, partition, self._topic.name),
+                )
+                here, there = Cursor(self._topic.id, offset), Cursor(self._topic.id, start)
+                self._positions[partition] = self._find(partition, self._bench.init(partition, here, there))
+            self._lost.discard(partition)
 
     # Which partitions, and from where.
 

@@ -1,0 +1,124 @@
+"""What an administrator or another program does to a queue's topics on Apache Kafka: nothing stalls, all is told."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+import psutil
+import pytest
+import stacks
+from confluent_kafka import KafkaError, KafkaException, Producer, TopicCollection, TopicPartition
+from confluent_kafka.admin import AdminClient, NewPartitions  # type: ignore[attr-defined]  # exported, but not in __all__
+from waiting import wait_until
+
+from yadtq_nb import JobIncompleteError, LocalCluster
+from yadtq_nb.backlog.connection import Topics
+from yadtq_nb.backlog.reader import replay_jobs, replay_tasks
+from yadtq_nb.errors import BacklogError
+
+#: Seconds after which something hangs.
+LIMIT = 60
+
+
+@pytest.fixture
+def apache(stack: stacks.Servers, cluster: LocalCluster) -> LocalCluster:
+    """A worker on Apache Kafka, which has run something in each partition."""
+    if stack.name == "local":
+        pytest.skip("the local stack's topics are its own business")
+    with cluster.queue() as queue:
+        assert queue.map(abs, range(20), chunksize=1).results(LIMIT) == list(range(20))
+    return cluster
+
+
+def test_records_that_were_deleted_before_they_were_read_are_passed_by_and_their_job_says_what_is_lost(
+    apache: LocalCluster,
+) -> None:
+    with apache.queue() as queue:
+        publisher = queue._link().publisher()
+        node = psutil.Process(apache._part(apache.workers[0].name).pid)
+        node.suspend()
+        try:
+            lost = queue.map(abs, range(20), chunksize=1)
+            wait_until(lambda: sum(publisher._topics.ends(publisher.topic).values()) >= 40)
+            ends = publisher._topics.ends(publisher.topic)
+            places = [TopicPartition(publisher.topic.name, partition, end) for partition, end in ends.items()]
+            admin = AdminClient({"bootstrap.servers": apache.config.kafka})
+            for done in admin.delete_records(places).values():
+                done.result(LIMIT)
+        finally:
+            node.resume()
+        assert queue.map(abs, range(40), chunksize=1).results(LIMIT) == list(range(40))
+        with pytest.raises(JobIncompleteError):
+            lost.results(LIMIT)
+        # A fetch that waited at the broker may have brought the first of each partition.
+        assert len(lost.lost) >= 20 - 4
+
+
+def test_partitions_that_are_added_are_read(apache: LocalCluster) -> None:
+    with apache.queue() as queue:
+        admin = AdminClient({"bootstrap.servers": apache.config.kafka})
+        for done in admin.create_partitions([NewPartitions(f"yadtq.{queue.name}.tasks", 7)]).values():  # type: ignore[no-untyped-call]  # brings no types
+            done.result(LIMIT)
+        wait_until(lambda: queue._link().publisher()._topics.ensure().partitions == 7)
+        with apache.queue() as another:  # a client that sees them
+            assert another.map(abs, range(40), chunksize=1).results(LIMIT) == list(range(40))
+            assert another._link().publisher().topic.partitions == 7
+
+
+def test_transactions_of_others_on_our_topics_hold_up_nobody(apache: LocalCluster) -> None:
+    with apache.queue() as queue:
+        producer = Producer({"bootstrap.servers": apache.config.kafka, "transactional.id": queue.name})
+        producer.init_transactions(LIMIT)
+
+        def write(*topics: str) -> None:
+            producer.begin_transaction()
+            for topic in topics:
+                producer.produce(f"yadtq.{queue.name}.{topic}", b"junk", key=b"junk", partition=0)
+            assert producer.flush(LIMIT) == 0
+
+        write("tasks", "jobs", "dead")
+        producer.commit_transaction(LIMIT)
+        # Their last offsets are those of no records now.
+        assert len(list(replay_jobs(apache.config, queue.name))) > 1
+        assert len(list(replay_tasks(apache.config, queue.name, "normal"))) > 20
+        wait_until(lambda: len(queue.dead()) == 1)
+        write("tasks", "jobs")
+        try:
+            assert queue.map(abs, range(20), chunksize=1).results(LIMIT) == list(range(20))
+        finally:
+            producer.abort_transaction(LIMIT)
+
+
+@pytest.mark.parametrize("which", ["jobs", "events", "dead"])
+def test_topic_beside_the_tasks_that_is_deleted_is_made_again(apache: LocalCluster, which: str) -> None:
+    with apache.queue() as queue:
+        admin = AdminClient({"bootstrap.servers": apache.config.kafka})
+        topic = f"yadtq.{queue.name}.{which}"
+        for done in admin.delete_topics([topic]).values():
+            done.result(LIMIT)
+        wait_until(lambda: topic not in admin.list_topics(timeout=LIMIT).topics)
+        job = queue.map(abs, range(20), chunksize=1)
+        assert job.results(LIMIT) == list(range(20))
+        wait_until(lambda: topic in admin.list_topics(timeout=LIMIT).topics)
+        if which == "jobs":
+            wait_until(lambda: f"seal/{job.id}" in {key for key, _ in replay_jobs(apache.config, queue.name)})
+
+
+def test_client_that_has_heard_of_no_controller_is_replaced(stack: stacks.Servers, queue_name: str) -> None:
+    class Deaf:
+        def describe_topics(self, topics: TopicCollection, **_: float) -> dict[str, Future[None]]:
+            futures: dict[str, Future[None]] = {name: Future() for name in topics.topic_names}
+            for future in futures.values():
+                future.set_exception(KafkaException(KafkaError(KafkaError._TIMED_OUT, "waiting for controller")))
+            return futures
+
+        def poll(self, timeout: float) -> None:
+            """There is nothing to hear."""
+
+    topics = Topics(stack.config, queue_name)
+    topic = topics.ensure()
+    topics._admin = Deaf()  # type: ignore[assignment]  # as librdkafka's is for five minutes
+    with pytest.raises(BacklogError, match="waiting for controller"):
+        topics.ensure()
+    assert topics.ensure() == topic
+    topics.close()
