@@ -21,7 +21,7 @@ from confluent_kafka.admin import AdminClient
 from offsets import committed
 from waiting import runs, traced, wait_until
 
-from yadtq_nb import Job, JobState, LocalCluster, Queue, WorkbenchFullError
+from yadtq_nb import BacklogError, Job, JobState, LocalCluster, Queue, WorkbenchFullError
 from yadtq_nb.backlog.connection import Topics, tasks_topic
 from yadtq_nb.backlog.reader import replay_jobs
 from yadtq_nb.local.home import Home
@@ -122,6 +122,22 @@ def test_cancel_stops_what_runs_while_the_broker_does_not_answer(
         assert not cancelling.is_alive(), "it waits until Kafka has it, too"
         cancels = {key for key, _ in replay_jobs(servers.config, queue.name)}
         assert f"cancel/{job.id}" in cancels
+
+
+def test_who_has_sent_nothing_cancels_a_job_while_the_broker_does_not_answer_and_is_told_so(
+    servers: stacks.Servers, make_nodes: MakeNodes, audit: Path
+) -> None:
+    nodes = make_nodes()
+    with nodes.queue() as queue, nodes.queue() as another:
+        job = start_map(queue, audit, count=2000, seconds=0.1)
+        seen = another.job(job.name)
+        os.kill(servers.broker.pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(BacklogError):
+                seen.cancel()
+            assert seen.state is JobState.CANCELLED
+        finally:
+            os.kill(servers.broker.pid, signal.SIGCONT)
 
 
 def test_store_that_is_killed_and_started_again_with_its_append_only_file_after_longer_than_a_lease(
