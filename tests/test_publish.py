@@ -79,6 +79,18 @@ def test_record_that_is_said_to_be_there_but_not_where_is_sent_again(
         publisher.close()
 
 
+def test_broker_that_goes_away_while_a_producer_is_made_is_waited_for(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unlucky(confluent_kafka.Producer):
+        def list_topics(self, *_: Any, **__: Any) -> Any:
+            raise confluent_kafka.KafkaException(confluent_kafka.KafkaError(confluent_kafka.KafkaError._TRANSPORT))
+
+    monkeypatch.setattr(publish, "Producer", Unlucky)
+    with cluster.queue() as queue:
+        assert queue.map(abs, range(20)).results(30) == list(range(20))
+
+
 def test_entry_that_kafka_refuses_is_not_taken_for_safe(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     class Refusing(confluent_kafka.Producer):
         def produce(self, *args: Any, on_delivery: Any = None, **more: Any) -> None:

@@ -350,7 +350,8 @@ class Publisher:
                     },
                 )
             )
-            # The producer's id comes with the first connection: on demand it takes librdkafka half a second.
+        # The producer's id comes with the first connection: on demand it takes librdkafka half a second.
+        with contextlib.suppress(KafkaException):  # one that goes away just now is waited for like any other
             self._producer.list_topics(topic.name, timeout=TIMEOUT)
 
     def _hear(self) -> None:
