@@ -152,6 +152,7 @@ class Run:
             self._log.write(f"{time.time():.3f} {fault.at:.2f} missed\n")
         except Exception as exc:  # a fault that breaks must not end the run unseen
             self._broken.append(f"{fault.kind} at {fault.at:.1f}: {type(exc).__name__}: {exc}")
+            self.ground.ask_where()
 
     def _look_after(self) -> None:
         """Start who attaches to the jobs of killed clients, and see whether anything moves."""
@@ -288,6 +289,7 @@ class Run:
 
     def _dump(self) -> str:
         """Tell where all jobs stand."""
+        self.ground.ask_where()
         lines = ["", "where jobs stand:"]
         with contextlib.suppress(YadtqError, redis.RedisError):
             lines += [
@@ -308,7 +310,7 @@ class Run:
         for client in self.ground.clients:
             if client.process.poll() is None:
                 lines.append(f"  client {client.name}: {[(x['what'], x['job']) for x in client.lines()[-2:]]}")
-                lines.append(client.log.read_text()[-600:])
+                lines.append(client.log.read_text()[-3000:])
         for part in ("keeper", *(worker.name for worker in self.ground.cluster.workers)):
             lines += [f"--- {part}", "\n".join(self.ground.cluster.log(part).splitlines()[-8:])]
         return "\n".join(lines)

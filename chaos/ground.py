@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -165,6 +167,16 @@ class Ground:
         if not children:
             raise MissedError(node)
         return children[0]
+
+    def ask_where(self) -> None:
+        """Have nodes and clients write to their logs where each of their threads stands."""
+        pids = [client.process.pid for client in self.living()]
+        with contextlib.suppress(MissedError):
+            pids += [self.process(worker.name).pid for worker in self.cluster.workers]
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)
+        time.sleep(0.5)
 
     def slots(self, node: str) -> list[psutil.Process]:
         """Return a node's slots."""

@@ -10,6 +10,7 @@ local is imported here: the functions travel by themselves.
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import json
 import os
 import random
@@ -381,6 +382,7 @@ class Client:
 
 def main() -> None:
     """Be one client."""
+    faulthandler.register(signal.SIGUSR1)
     ledger, audit, queue, what, *more = sys.argv[1:]
     with Queue(queue) as opened:
         client = Client(Path(ledger), Path(audit), opened)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import re
+import signal
 import time
 from typing import Final
 
@@ -39,7 +41,8 @@ class _Seldom(logging.Filter):
 
 
 def set_up() -> None:
-    """Write warnings to standard error."""
+    """Write warnings to standard error; on SIGUSR1, where each thread stands."""
+    faulthandler.register(signal.SIGUSR1)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for handler in logging.getLogger().handlers:
         handler.addFilter(_Seldom())
