@@ -63,7 +63,7 @@ class Inbox:
         self._sending: collections.Counter[str] = collections.Counter()
         #: Job to when the workbench was last seen to know it.
         self._last_known: dict[str, float] = {}
-        #: What the workbench was told of the ends of jobs, and when; see told.
+        #: What the workbench was told of jobs, and when; see told.
         self._told: collections.deque[tuple[float, str, Callable[[JobStore], object]]] = collections.deque()
         #: When the workbench was last heard.
         self._contact = time.monotonic()
@@ -105,7 +105,6 @@ class Inbox:
         """Tell the queue now and then that this process still sends a job."""
         with self._lock:
             self._sending[job] += 1
-            self._told = collections.deque(entry for entry in self._told if entry[1] != job)  # its end is over
         try:
             patiently(lambda: self._store.say_sending(job), PATIENCE)
         except WorkbenchError as exc:
@@ -120,7 +119,7 @@ class Inbox:
                 del self._sending[job]
 
     def told(self, job: str, again: Callable[[JobStore], object]) -> None:
-        """Note that the workbench was told how a job ends: one that comes back without its last seconds is told again.
+        """Note what the workbench was told of a job: one that comes back without its last seconds is told it again.
 
         Feeding brings back what they held of chunks; this is told by nobody else.
         """
@@ -128,6 +127,11 @@ class Inbox:
             self._told.append((time.monotonic(), job, again))
             while self._told[0][0] < self._contact - ROLLBACK:
                 self._told.popleft()
+
+    def take_back(self, job: str) -> None:
+        """Tell no more of a job, since its end is over, or it was never begun."""
+        with self._lock:
+            self._told = collections.deque(entry for entry in self._told if entry[1] != job)
 
     def _tell_again(self) -> None:
         with self._lock:

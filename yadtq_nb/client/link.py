@@ -223,6 +223,7 @@ class Link:
             manifest = packet.manifest(total, client)
             holder = patiently(functools.partial(self.store.create, manifest), PATIENCE)
             if holder == packet.job:
+                self.inbox.told(packet.job, functools.partial(JobStore.create, manifest=manifest))
                 self.mailer.send_entry(manifest)
                 return packet
             if not packet.named:
@@ -271,6 +272,7 @@ class Link:
     def withdraw(self, packet: Packet) -> None:
         """Give a job's name back when nothing of it was sent."""
         if all(sender.job != packet.job for sender in self._senders):
+            self.inbox.take_back(packet.job)
             with contextlib.suppress(YadtqError):
                 if self.store.withdraw(packet.job):
                     self.mailer.send_entry(Cancel(packet.job))  # nor may it come back from the journal
@@ -402,6 +404,7 @@ class Link:
         seen = repair.known(self, job, name)
         packet = repair.recorded(self, seen)
         self.inbox.sending(job)  # said before it is opened, lest it be taken for one whose client has died
+        self.inbox.take_back(job)
         try:
             life = self._reopen_for(len(items), seen)
             while not life:  # it has ended meanwhile, or someone else was first

@@ -86,6 +86,7 @@ def retry(link: Link, job: str, name: str, fixed: Packet | None) -> int:
         places = _places(link, seen, again.wanted)
         life = 0
         link.inbox.sending(job)
+        link.inbox.take_back(job)
         try:
             life = patiently(
                 lambda seen=seen, again=again, ended=ended: link.store.reopen(  # type: ignore[misc]  # bound at once

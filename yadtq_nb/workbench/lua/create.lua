@@ -13,8 +13,9 @@ if holder and holder ~= id and redis.call('EXISTS', job_key(holder)) == 1 then
   return holder
 end
 redis.call('SET', name_key, id, 'EX', tonumber(ARGV[8]) * 4)
-if redis.call('HSETNX', job_key(id), 'name', name) == 1 then
-  redis.call('HSET', job_key(id), 'id', id, 'function', ARGV[3], 'created', ARGV[4], 'style', ARGV[6], 'client', ARGV[7], 'parameters', ARGV[9], 'lane', ARGV[11])
+-- A chunk may have come before, when Redis had lost the job: it knows less, and not the client.
+if redis.call('HSETNX', job_key(id), 'client', ARGV[7]) == 1 then
+  redis.call('HSET', job_key(id), 'id', id, 'name', name, 'function', ARGV[3], 'created', ARGV[4], 'style', ARGV[6], 'parameters', ARGV[9], 'lane', ARGV[11])
   -- Its seal may have come before, when Redis had lost the job.
   redis.call('HSETNX', job_key(id), 'total', ARGV[5])
   redis.call('HSETNX', job_key(id), 'sealed', 0)
