@@ -226,9 +226,10 @@ class Publisher:
             error = f"the queue was closed before Kafka at {self._config.kafka} said that it has it"
             self._settle(letter, BacklogError(error))
         self._producer.flush(0.5)
-        # By itself it would go on looking for its broker until it is collected.
         self._producer.purge()
-        self._producer.close()
+        # By itself it would go on looking for its broker until it is collected. It waits without end for what is left.
+        if not self._producer.flush(0.5):
+            self._producer.close()
         self._topics.close()
         return taken
 

@@ -107,6 +107,8 @@ class Feeder:
         self._slots = slots
         self._positions: dict[int, int] = {}
         self._held: list[_Opened] = []
+        #: Partitions and offsets at which no record was found.
+        self._gaps: set[tuple[int, int]] = set()
         #: Partitions that could not be read where their cursor is.
         self._lost: set[int] = set()
         self._assigned = False
@@ -218,7 +220,7 @@ class Feeder:
         """Read another life of the topic, from its cursors, once the old reader is closed."""
         self._topic = topic
         self._reader = Reader(self._config, self._queue, topic)
-        self._held, self._lost, self._assigned = [], set(), False
+        self._held, self._gaps, self._lost, self._assigned = [], set(), set(), False
         self._positions = {p: self._find(p, self._bench.cursor(p)) for p in self._positions}
 
     def _leave_lost(self) -> None:
@@ -303,10 +305,31 @@ class Feeder:
         if not self._reader.suits(max(self._positions.values())):
             self._assigned = False
         if records:
-            self._held = [self._open(record) for record in records if record.partition in self._positions]
+            self._held = [self._open(record) for record in self._in_order(records)]
             self._last_record = time.monotonic()
         elif long:
             self._start_topic_again()
+
+    def _in_order(self, records: list[Record]) -> list[Record]:
+        """Return those that follow on what was read of these partitions; where one is missing, read on from there once.
+
+        What is missing the second time, too, is no record, but the end of somebody's transaction.
+        """
+        ends: dict[int, int | None] = {**self._positions}
+        found = []
+        for record in records:
+            end = ends.get(record.partition)
+            if end is None or record.offset < end:
+                continue
+            if record.offset > end and (record.partition, end) not in self._gaps:
+                log.warning("partition %d has %d after %d: read again", record.partition, record.offset, end)
+                self._gaps.add((record.partition, end))
+                ends[record.partition] = None
+                self._assigned = False
+                continue
+            found.append(record)
+            ends[record.partition] = record.offset + 1
+        return found
 
     def _is_long(self) -> bool:
         """Tell whether a broker in memory holds much that nobody will ask for again."""
