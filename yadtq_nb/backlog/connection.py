@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures import Future
 from typing import Any, Final, TypeVar
@@ -28,6 +29,8 @@ TIMEOUT: Final = 10.0
 ISOLATION: Final = "read_uncommitted"
 #: Bytes of refused records that are kept.
 _DEAD_BYTES: Final = str(256 * 1024 * 1024)
+#: Seconds that a client may take to end.
+_ENDING: Final = 3.0
 #: Seconds between looks at what has gone wrong while an answer is waited for.
 _LOOK: Final = 0.1
 #: What a broker means for good: waiting does not help.
@@ -78,6 +81,27 @@ def settings(config: Config, **more: Any) -> dict[str, Any]:
     # Through logging: librdkafka's own way, standard error, would write into whatever cell runs.
     quiet = {"logger": _library_log, "log_level": 4, "log.connection.close": False}
     return {"bootstrap.servers": config.kafka, **quiet, **more, **config.kafka_options}
+
+
+def let_go(held: list[_T], end: Callable[[_T], object] = lambda _: None, *, wait: float = _ENDING) -> None:
+    """End a client of librdkafka, given as the only item of a list, and wait for it so many seconds at most.
+
+    One whose broker went away at the wrong moment waits for a thread of its own for ever (librdkafka 2.16): that costs
+    some memory, and must not cost the thread that wants to be rid of it.
+    """
+
+    def run() -> None:
+        client = held.pop()
+        with contextlib.suppress(KafkaException, RuntimeError):
+            end(client)
+        del client
+
+    thread = threading.Thread(target=run, name="yadtq-ending", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # the interpreter ends, and the client with it
+        return
+    thread.join(wait)
 
 
 def tasks_topic(queue: str, lane: Lane) -> str:
@@ -135,7 +159,9 @@ class Topics:
         except BacklogError:
             # A client that a broker has told of no controller, as one does that was stopped for a while and goes on,
             # waits for one, and asks again only after five minutes.
+            held = [self._admin]
             self._connect()
+            let_go(held, wait=0.0)
             raise
         if found is None:
             raise BacklogError(f"topic {self._tasks} was made on {self._config.kafka}, but is not there")
@@ -176,7 +202,9 @@ class Topics:
 
     def close(self) -> None:
         """End the client: it keeps threads of its own."""
+        held = [self._admin]
         del self._admin
+        let_go(held)
 
     def _note_trouble(self, error: KafkaError) -> None:
         # That all brokers are down comes right after the reason.

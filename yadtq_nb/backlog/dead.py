@@ -9,7 +9,7 @@ import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from yadtq_nb import codec
-from yadtq_nb.backlog.connection import ISOLATION, TIMEOUT, dead_topic, settings, translate_kafka_errors
+from yadtq_nb.backlog.connection import ISOLATION, TIMEOUT, dead_topic, let_go, settings, translate_kafka_errors
 from yadtq_nb.config import Config
 from yadtq_nb.errors import FormatError
 
@@ -121,7 +121,7 @@ def _notes(config: Config, queue: str) -> Iterator[Dead]:
                 if reached >= high and config.reading != "wake":
                     return
         finally:
-            consumer.close()
+            let_go([consumer], Consumer.close)
 
 
 def _bounds(consumer: Consumer, queue: str) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from yadtq_nb.backlog.connection import (
     dead_topic,
     events_topic,
     jobs_topic,
+    let_go,
     settings,
     translate_kafka_errors,
 )
@@ -46,6 +47,8 @@ Acknowledged = Callable[[BacklogError | None, str, int], None]
 MAX_RECORD: Final = 900_000
 #: Seconds after which a record that the broker does not take is given up.
 GIVE_UP: Final = 120.0
+#: Seconds for which a producer that is ended says what it has not sent.
+_LAST: Final = 1.0
 #: Seconds between tries to make a new producer while the broker is away.
 _PAUSE: Final = 0.2
 #: Seconds between looks at what has been fed, from a broker that forgets it when it is restarted, and from others.
@@ -188,7 +191,7 @@ class Publisher:
     def send_event(self, event: str, **facts: Any) -> None:
         """Write a line to the flight recorder. Never waits, and is not sent again: events are worth less than work."""
         line = _encode({"event": event, "time": time.time(), **facts})
-        with contextlib.suppress(BufferError, KafkaException):
+        with contextlib.suppress(BufferError, KafkaException, RuntimeError):
             self._producer.produce(events_topic(self._queue), line, partition=0, on_delivery=self._heard_of_event)
 
     def flush(self, timeout: float) -> bool:
@@ -226,10 +229,8 @@ class Publisher:
             error = f"the queue was closed before Kafka at {self._config.kafka} said that it has it"
             self._settle(letter, BacklogError(error))
         self._producer.flush(0.5)
-        self._producer.purge()
-        # By itself it would go on looking for its broker until it is collected. It waits without end for what is left.
-        if not self._producer.flush(0.5):
-            self._producer.close()
+        # By itself it would go on looking for its broker until it is collected.
+        let_go([self._producer], _end)
         self._topics.close()
         return taken
 
@@ -283,6 +284,10 @@ class Publisher:
             if isinstance(exc.__cause__, KafkaException) and exc.__cause__.args[0].fatal():
                 self._broken.set()
             raise
+        except RuntimeError:
+            if producer is self._producer:
+                raise
+            # It was given up just now; its successor sends the record.
 
     def _take_note(self, letter: _Letter, partition: int, offset: int | None) -> None:
         """The broker says where it has put a record."""
@@ -322,7 +327,7 @@ class Publisher:
         return self._forgets or self._unsafe_bytes < _HELD
 
     def _heard_of_event(self, error: KafkaError | None, _: Message) -> None:
-        if error is not None:
+        if error is not None and error.code() not in (KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT):
             self._broken.set()
 
     # The producer, and its successor.
@@ -430,6 +435,7 @@ class Publisher:
     def _renew(self) -> None:
         """Put a new producer in the place of one that cannot go on, and send again what was not acknowledged."""
         self._give_up_late()
+        old = [self._producer]
         try:
             fed = self._fed()[1] if self._fed is not None else {}
             self._start(self._topics.ensure(), fed)
@@ -438,6 +444,7 @@ class Publisher:
             self._closing.wait(_PAUSE)
             return
         self._broken.clear()
+        let_go(old, _end, wait=0.0)
         with self._lock:
             letters = list(self._letters.values())
         for letter in letters:
@@ -456,6 +463,14 @@ class Publisher:
             late = [letter for letter in self._letters.values() if letter.deadline < now]
         for letter in late:
             self._settle(letter, BacklogError(f"Kafka at {self._config.kafka} was away for {GIVE_UP:.0f} s"))
+
+
+def _end(producer: Producer) -> None:
+    """End a producer; what it has still to send is forgotten."""
+    producer.purge()
+    # Closing waits without end for what is left.
+    if not producer.flush(_LAST):
+        producer.close()
 
 
 def _told_if_lost(error: BacklogError | None, _where: str, _offset: int) -> None:

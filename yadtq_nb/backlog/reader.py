@@ -9,7 +9,16 @@ from typing import Final
 import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from yadtq_nb.backlog.connection import ISOLATION, TIMEOUT, Topic, Topics, jobs_topic, settings, translate_kafka_errors
+from yadtq_nb.backlog.connection import (
+    ISOLATION,
+    TIMEOUT,
+    Topic,
+    Topics,
+    jobs_topic,
+    let_go,
+    settings,
+    translate_kafka_errors,
+)
 from yadtq_nb.config import Config
 from yadtq_nb.errors import BacklogError
 from yadtq_nb.model import Lane
@@ -82,7 +91,7 @@ class Reader:
     def assign(self, offsets: Mapping[int, int]) -> None:
         """Read these partitions from these offsets, and no others."""
         if offsets and self._config.reading == "wake" and not self.suits(max(offsets.values())):
-            self._consumer.close()
+            let_go([self._consumer], Consumer.close)
             self._open(max(offsets.values()))
         with translate_kafka_errors(self._config):
             if offsets:
@@ -161,7 +170,7 @@ class Reader:
 
     def close(self) -> None:
         """Close the consumer."""
-        self._consumer.close()
+        let_go([self._consumer], Consumer.close)
 
 
 def replay_jobs(config: Config, queue: str) -> Iterator[tuple[str, bytes | None]]:
@@ -205,7 +214,7 @@ def replay_jobs(config: Config, queue: str) -> Iterator[tuple[str, bytes | None]
                 elif error.code() == KafkaError._PARTITION_EOF:
                     reached = max(reached, message.offset() or 0)
         finally:
-            consumer.close()
+            let_go([consumer], Consumer.close)
 
 
 def replay_tasks(config: Config, queue: str, lane: Lane) -> Iterator[bytes]:
