@@ -171,8 +171,9 @@ class Ground:
     def ask_where(self) -> None:
         """Have nodes and clients write to their logs where each of their threads stands."""
         pids = [client.process.pid for client in self.living()]
-        with contextlib.suppress(MissedError):
-            pids += [self.process(worker.name).pid for worker in self.cluster.workers]
+        for worker in self.cluster.workers:
+            with contextlib.suppress(MissedError):
+                pids.append(self.process(worker.name).pid)
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGUSR1)

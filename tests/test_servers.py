@@ -5,6 +5,7 @@ Each task writes a line to a file outside of the system: how often it really ran
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -84,6 +85,16 @@ def check(job: Job, audit: Path, *, again: int, count: int = COUNT) -> None:
     assert sum(ran.values()) - count <= again
 
 
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Have a process stand still."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 def test_broker_that_is_stopped_for_a_while_and_started_again(
     servers: stacks.Servers, make_nodes: MakeNodes, audit: Path, tmp_path: Path
 ) -> None:
@@ -111,13 +122,10 @@ def test_cancel_stops_what_runs_while_the_broker_does_not_answer(
     with nodes.queue() as queue, nodes.queue() as another:
         job = start_map(queue, audit, count=200, seconds=0.05)
         seen = another.job(job.name)
-        os.kill(servers.broker.pid, signal.SIGSTOP)
         cancelling = threading.Thread(target=job.cancel)
-        try:
+        with stopped(servers.broker.pid):
             cancelling.start()
             wait_until(lambda: seen.state is JobState.CANCELLED, seconds=15)
-        finally:
-            os.kill(servers.broker.pid, signal.SIGCONT)
         cancelling.join(LIMIT)
         assert not cancelling.is_alive(), "it waits until Kafka has it, too"
         cancels = {key for key, _ in replay_jobs(servers.config, queue.name)}
@@ -131,13 +139,10 @@ def test_who_has_sent_nothing_cancels_a_job_while_the_broker_does_not_answer_and
     with nodes.queue() as queue, nodes.queue() as another:
         job = start_map(queue, audit, count=2000, seconds=0.1)
         seen = another.job(job.name)
-        os.kill(servers.broker.pid, signal.SIGSTOP)
-        try:
+        with stopped(servers.broker.pid):
             with pytest.raises(BacklogError):
                 seen.cancel()
             assert seen.state is JobState.CANCELLED
-        finally:
-            os.kill(servers.broker.pid, signal.SIGCONT)
 
 
 def test_store_that_is_killed_and_started_again_with_its_append_only_file_after_longer_than_a_lease(
@@ -233,13 +238,10 @@ def test_full_producer_queue_waits_for_the_broker(servers: stacks.Servers, make_
     cluster = make_nodes(kafka_options={"queue.buffering.max.messages": 20})
     with cluster.queue() as queue:
         assert queue.submit(abs, -1).result(30) == 1
-        os.kill(servers.broker.pid, signal.SIGSTOP)
-        try:
+        with stopped(servers.broker.pid):
             job = queue.map(traced, range(COUNT), kwargs={"audit": str(audit), "seconds": SECONDS}, chunksize=2)
             time.sleep(2.0)
             assert len(queue._link().publisher()._producer) >= 20
-        finally:
-            os.kill(servers.broker.pid, signal.SIGCONT)
         check(job, audit, again=0)
 
 

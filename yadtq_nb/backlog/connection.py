@@ -25,8 +25,6 @@ _library_log = logging.getLogger("yadtq_nb.kafka")
 
 #: Seconds that Kafka may take to answer before it counts as away.
 TIMEOUT: Final = 10.0
-#: Of consumers: what others write to our topics in a transaction, and do not end, holds up nothing that comes after it.
-ISOLATION: Final = "read_uncommitted"
 #: Bytes of refused records that are kept.
 _DEAD_BYTES: Final = str(256 * 1024 * 1024)
 #: Seconds that a client may take to end.
@@ -81,6 +79,13 @@ def settings(config: Config, **more: Any) -> dict[str, Any]:
     # Through logging: librdkafka's own way, standard error, would write into whatever cell runs.
     quiet = {"logger": _library_log, "log_level": 4, "log.connection.close": False}
     return {"bootstrap.servers": config.kafka, **quiet, **more, **config.kafka_options}
+
+
+def reading(config: Config, group: str, **more: Any) -> dict[str, Any]:
+    """Return the settings of a consumer that nobody commits for unasked."""
+    # What others write to our topics in a transaction, and do not end, holds up nothing that comes after it.
+    ours = {"group.id": group, "enable.auto.commit": False, "isolation.level": "read_uncommitted"}
+    return settings(config, **ours, **more)
 
 
 def let_go(held: list[_T], end: Callable[[_T], object] = lambda _: None, *, wait: float = _ENDING) -> None:

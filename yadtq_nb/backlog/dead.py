@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from yadtq_nb import codec
-from yadtq_nb.backlog.connection import ISOLATION, TIMEOUT, dead_topic, let_go, settings, translate_kafka_errors
+from yadtq_nb.backlog.connection import TIMEOUT, dead_topic, let_go, reading, translate_kafka_errors
 from yadtq_nb.config import Config
 from yadtq_nb.errors import FormatError
 
@@ -86,19 +86,9 @@ def read_dead(config: Config, queue: str) -> Iterator[Dead]:
 
 def _notes(config: Config, queue: str) -> Iterator[Dead]:
     # The last offset may be that of no record, but of the end of a transaction.
-    more = {"fetch.wait.max.ms": 10} if config.reading == "wake" else {"enable.partition.eof": True}
+    more: dict[str, Any] = {"fetch.wait.max.ms": 10} if config.reading == "wake" else {"enable.partition.eof": True}
     with translate_kafka_errors(config):
-        consumer = Consumer(
-            settings(
-                config,
-                **{
-                    "group.id": f"yadtq.{queue}.dead",
-                    "enable.auto.commit": False,
-                    "isolation.level": ISOLATION,
-                    **more,
-                },
-            )
-        )
+        consumer = Consumer(reading(config, f"yadtq.{queue}.dead", **more))
         try:
             low, high = _bounds(consumer, queue)
             if low >= high:

@@ -10,13 +10,12 @@ import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from yadtq_nb.backlog.connection import (
-    ISOLATION,
     TIMEOUT,
     Topic,
     Topics,
     jobs_topic,
     let_go,
-    settings,
+    reading,
     translate_kafka_errors,
 )
 from yadtq_nb.config import Config
@@ -67,16 +66,14 @@ class Reader:
         more = {"fetch.wait.max.ms": self._wait} if config.reading == "wake" else {}
         with translate_kafka_errors(config):
             self._consumer = Consumer(
-                settings(
+                reading(
                     config,
+                    self._group(),
                     **{
-                        "group.id": self._group(),
-                        "enable.auto.commit": False,
                         "enable.auto.offset.store": False,
                         # A silent jump to either end would skip or repeat chunks: an error is handled.
                         "auto.offset.reset": "error",
                         "enable.partition.eof": self._reached is not None,
-                        "isolation.level": ISOLATION,
                         "queued.max.messages.kbytes": 65_536,
                         **more,
                     },
@@ -180,18 +177,9 @@ def replay_jobs(config: Config, queue: str) -> Iterator[tuple[str, bytes | None]
         BacklogError: Kafka cannot be reached.
     """
     with translate_kafka_errors(config):
-        consumer = Consumer(
-            settings(
-                config,
-                **{
-                    "group.id": f"yadtq.{queue}.replay",
-                    "enable.auto.commit": False,
-                    # The last offset may be that of no record, but of the end of a transaction.
-                    "enable.partition.eof": config.reading == "poll",
-                    "isolation.level": ISOLATION,
-                },
-            )
-        )
+        # The last offset may be that of no record, but of the end of a transaction.
+        more = {"enable.partition.eof": config.reading == "poll"}
+        consumer = Consumer(reading(config, f"yadtq.{queue}.replay", **more))
         try:
             place = TopicPartition(jobs_topic(queue), 0)
             low, high = consumer.get_watermark_offsets(place, timeout=TIMEOUT)
