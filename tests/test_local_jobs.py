@@ -15,8 +15,9 @@ from waiting import wait_until
 
 from yadtq_nb import LocalCluster, Queue
 from yadtq_nb.backlog import publish
-from yadtq_nb.backlog.connection import Topics
+from yadtq_nb.backlog.connection import Topic, Topics
 from yadtq_nb.client import inbox
+from yadtq_nb.errors import BacklogError
 from yadtq_nb.local.home import Home
 from yadtq_nb.local.stack import Stack
 
@@ -80,6 +81,33 @@ def test_what_the_broker_in_memory_forgets_before_it_is_fed_is_sent_again() -> N
         cluster.kill_broker()
         cluster.restart_broker()
         cluster.workers[0].start()
+        assert job.results(60) == list(range(50))
+
+
+def test_job_is_not_lost_while_its_client_cannot_reach_the_broker_that_forgot_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inbox, "_SENDING", 0.2)
+    with LocalCluster(slots=1, workers=1, settings={"doubt": 1.0}) as cluster, cluster.queue() as queue:
+        assert queue.submit(abs, -1).result(30) == 1
+        cluster.workers[0].stop()
+        job = queue.map(abs, range(50), chunksize=5)
+        link = queue._link()
+        wait_until(lambda: (record := link.store.record(job.id)) and record.sealed, "the broker has everything")
+        cluster.kill_broker()
+        topics = link.publisher()._topics
+        reached, away = topics.ensure, threading.Event()
+
+        def ensure() -> Topic:
+            if not away.is_set():
+                raise BacklogError("no way to the broker")
+            return reached()
+
+        monkeypatch.setattr(topics, "ensure", ensure)
+        cluster.restart_broker()
+        cluster.workers[0].start()
+        time.sleep(6.0)  # the node has looked at the topic, and found it empty
+        away.set()
         assert job.results(60) == list(range(50))
 
 

@@ -10,11 +10,13 @@ import pytest
 
 from yadtq_nb import JobError, JobIncompleteError, LocalCluster
 from yadtq_nb.backlog import publish
+from yadtq_nb.backlog.connection import Topics
 from yadtq_nb.backlog.publish import Publisher, Receipts
 from yadtq_nb.backlog.reader import replay_jobs
 from yadtq_nb.client import link
 from yadtq_nb.errors import BacklogError
 from yadtq_nb.model import Seal
+from yadtq_nb.workbench.bench import Cursor
 
 
 def test_flush_ends_after_every_sender_was_told_where_its_records_lie(cluster: LocalCluster) -> None:
@@ -31,6 +33,33 @@ def test_flush_ends_after_every_sender_was_told_where_its_records_lie(cluster: L
         assert told == [(None, f"{publisher.topic.id}/0", 0)]
     finally:
         publisher.close()
+
+
+def test_record_that_lies_in_the_next_life_of_the_topic_is_not_taken_for_fed_in_this_one(cluster: LocalCluster) -> None:
+    """A broker in memory was killed, and others have made its topic again: the producer goes on, and is not told."""
+    if cluster.config.reading != "wake":
+        pytest.skip("a broker with a disk does not forget the topic")
+    topics = Topics(cluster.config, "lives")
+    old = topics.ensure()
+    fed = {0: Cursor(old.id, 0)}
+    publisher = Publisher(cluster.config, "lives", fed=lambda: ("life", fed))
+    try:
+        while topics.ensure().id == old.id:
+            topics.delete()
+        new = topics.ensure()
+        fed[0] = Cursor(old.id, 5)  # others have sent some in the old life, and they were fed
+        for partition in range(1, old.partitions):
+            fed[partition] = Cursor(old.id, 5)
+        publisher.send_chunk(b"record")
+        assert publisher.flush(30)
+        assert not publisher.settle(3.0), "nobody has fed it"
+        assert publisher.topic == new
+        for partition in range(new.partitions):
+            fed[partition] = Cursor(new.id, 5)
+        assert publisher.settle(30)
+    finally:
+        publisher.close()
+        topics.close()
 
 
 @pytest.mark.parametrize("to_jobs", [False, True])

@@ -669,6 +669,34 @@ def test_job_is_not_lost_while_a_task_runs_when_others_were_cancelled_that_never
     assert (record.ended, bench.finish("a", lease)) == (None, "closed")
 
 
+def test_job_is_not_lost_while_its_client_holds_some_of_it(bench: Bench) -> None:
+    (lease,) = bench.feed(bench.head(0), free=1)
+    bench.store.seal(Seal("job", 2, {f"{TOPIC}/0": 1}))
+    bench.finish("a", lease)
+    bench.store.say_sending("other", "job")
+    node = Workbench(msgspec.structs.replace(bench.config, doubt=0.1), bench.queue, "b")
+    until = time.monotonic() + 3
+    while time.monotonic() < until:
+        bench.beat("a")
+        node.reap()
+        time.sleep(0.1)
+    record = bench.store.record("job")
+    assert record is not None
+    assert record.ended is None
+    bench.store.stop_sending("job")
+    wait_until(lambda: node.reap() or ((seen := bench.store.record("job")) and seen.cancel == "lost"))
+    node.close()
+
+
+def test_seal_says_that_nothing_more_is_sent(bench: Bench) -> None:
+    bench.store.create(Manifest("job", "sweep", "fn", 1.0, 2))
+    bench.store.say_sending("job")
+    bench.store.seal(Seal("job", 2, {f"{TOPIC}/0": 1}))
+    record = bench.store.record("job")
+    assert record is not None
+    assert not record.sending
+
+
 def test_job_that_redis_has_lost_expires_when_its_tasks_are_cancelled(bench: Bench) -> None:
     assert bench.store.drop("job", [0]) == [0]
     record = bench.store.record("job")

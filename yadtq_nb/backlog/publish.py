@@ -97,12 +97,20 @@ class Receipts:
 class _Letter:
     """A record that was handed over, until it is safe or given up."""
 
-    __slots__ = ("acknowledged", "deadline", "fed", "key", "note", "place", "to_jobs", "value")
+    __slots__ = ("acknowledged", "deadline", "fed", "job", "key", "note", "place", "to_jobs", "value")
 
     def __init__(
-        self, value: bytes, key: bytes | None, acknowledged: Acknowledged | None, note: bytes | None = None
+        self,
+        value: bytes,
+        key: bytes | None,
+        acknowledged: Acknowledged | None,
+        *,
+        note: bytes | None = None,
+        job: str = "",
     ) -> None:
         self.value = value
+        #: Whose chunk it is, if somebody asks for it; see Publisher.holds.
+        self.job = job
         self.key = key
         #: Why it was refused, for the dead topic.
         self.note = note
@@ -125,14 +133,12 @@ class Publisher:
         lane: Lane = "normal",
         *,
         fed: Callable[[], tuple[str, Mapping[int, Fed]]] | None = None,
-        seen: Mapping[int, Fed] | None = None,
     ) -> None:
         """Connect, and make the queue's topics if they are missing.
 
         Args:
             fed: tells the workbench's present life, another one after a restart, and how far each partition has been
                 fed; given by a client, which sends what was lost before that.
-            seen: how far that was just now.
 
         Raises:
             BacklogError: Kafka cannot be reached or refuses.
@@ -154,12 +160,10 @@ class Publisher:
         self._forgets = config.reading == "wake"
         self._fed_seen_at = 0.0
         self._looking = threading.Lock()
-        #: Partition -> where the next record of this life of the topic lies at least, on a broker that forgets.
-        self._floor: dict[int, int] = {}
         self._broken = threading.Event()
         self._closing = threading.Event()
         self._topics = Topics(config, queue, lane)
-        self._start(self._topics.ensure(), seen or {})
+        self._start(self._topics.ensure())
         self._thread = threading.Thread(target=self._hear, name=f"yadtq-publisher-{queue}", daemon=True)
         self._thread.start()
 
@@ -168,13 +172,16 @@ class Publisher:
         """The tasks topic that is written to."""
         return self._topic
 
-    def send_chunk(self, record: bytes, acknowledged: Acknowledged | None = None) -> None:
+    def send_chunk(self, record: bytes, acknowledged: Acknowledged | None = None, *, job: str = "") -> None:
         """Produce a chunk's record; waits while the buffer is full.
+
+        Args:
+            job: its id, to be among those that holds() tells of.
 
         Raises:
             BacklogError: the record is refused before it is sent.
         """
-        self._post(_Letter(record, None, acknowledged))
+        self._post(_Letter(record, None, acknowledged, job=job))
 
     def send_job(self, key: str, value: bytes, acknowledged: Acknowledged | None = None) -> None:
         """Produce to the compacted topic of jobs: the last value of a key is kept."""
@@ -186,7 +193,7 @@ class Publisher:
         Raises:
             BacklogError: it is refused before it is sent.
         """
-        self._post(_Letter(record[: dead.KEPT], note.key.encode(), _told_if_lost, dead.encode(note)))
+        self._post(_Letter(record[: dead.KEPT], note.key.encode(), _told_if_lost, note=dead.encode(note)))
 
     def send_event(self, event: str, **facts: Any) -> None:
         """Write a line to the flight recorder. Never waits, and is not sent again: events are worth less than work."""
@@ -203,6 +210,11 @@ class Publisher:
         """Return how many records the broker has not acknowledged."""
         with self._lock:
             return len(self._letters)
+
+    def holds(self) -> set[str]:
+        """Return the jobs of which it holds chunks that nobody has fed yet: it would send these again."""
+        with self._lock:
+            return {letter.job for letter in (*self._letters.values(), *self._unsafe) if letter.job}
 
     def settle(self, timeout: float) -> bool:
         """Wait until everything is safe: acknowledged, and fed where the broker keeps it in memory only."""
@@ -296,12 +308,6 @@ class Publisher:
             # knew of a topic just made, and the later one after, this one is nowhere (KAFKA-15591).
             self._broken.set()
             return
-        if self._is_to_be_held(letter) and self._forgets:
-            if offset < self._floor.get(partition, 0):
-                # There lies another one, in the life of the topic that is known here: so this is the next one.
-                self._broken.set()
-                return
-            self._floor[partition] = offset + 1
         self._settle(letter, None, partition, offset)
 
     def _settle(self, letter: _Letter, error: BacklogError | None, partition: int = 0, offset: int = 0) -> None:
@@ -332,10 +338,8 @@ class Publisher:
 
     # The producer, and its successor.
 
-    def _start(self, topic: Topic, fed: Mapping[int, Fed]) -> None:
+    def _start(self, topic: Topic) -> None:
         self._topic = topic
-        if self._forgets:
-            self._floor = {p: cursor.offset for p, cursor in fed.items() if cursor.topic_id == topic.id}
         self._partitions = itertools.cycle(range(topic.partitions))
         with translate_kafka_errors(self._config):
             self._producer = Producer(
@@ -400,17 +404,20 @@ class Publisher:
             looked_at = self._unsafe[:seen]
             held = [letter for letter in looked_at if not _is_fed(letter, fed)]
             doubtful = [letter for letter in held if _is_of_another_life(letter, fed)]
-            # Either side may be behind: the broker tells which life of the topic it is.
+            if self._forgets and len(held) < len(looked_at):
+                # A record that was taken for one of this life may lie in the next one, at the same place.
+                doubtful = looked_at
+            # Either side may be behind: the broker tells which life it is, and was when it took the record.
             present = self._topics.ensure().id if doubtful else ""
         except YadtqError as exc:
             log.warning("cannot see what is fed: %s", exc)
             return
         forgotten = [letter for letter in doubtful if letter.place[0] != present]
-        kept = set(map(id, held))
+        gone = set(map(id, forgotten))
+        kept = gone.union(map(id, held))
         self._rest([letter for letter in looked_at if id(letter) not in kept])
         with self._empty:
             # What was acknowledged meanwhile has come behind those that were looked at.
-            gone = set(map(id, forgotten))
             self._unsafe = [*(letter for letter in held if id(letter) not in gone), *self._unsafe[seen:]]
             self._unsafe_bytes = sum(len(letter.value) for letter in self._unsafe)
             self._unsafe_bytes += self._resting_bytes
@@ -437,10 +444,9 @@ class Publisher:
         self._give_up_late()
         old = [self._producer]
         try:
-            fed = self._fed()[1] if self._fed is not None else {}
-            self._start(self._topics.ensure(), fed)
-        except YadtqError as exc:
-            log.warning("Kafka or Redis is away: %s", exc)
+            self._start(self._topics.ensure())
+        except BacklogError as exc:
+            log.warning("Kafka is away: %s", exc)
             self._closing.wait(_PAUSE)
             return
         self._broken.clear()

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from yadtq_nb.backlog.publish import ROLLBACK
@@ -48,14 +48,18 @@ _PATIENCE: Final = 30.0
 class Inbox:
     """Watches jobs on behalf of one process."""
 
-    def __init__(self, config: Config, queue: str) -> None:
+    def __init__(self, config: Config, queue: str, *, held: Callable[[], Iterable[str]]) -> None:
         """Note where the news is now: whatever is sent after this is heard.
+
+        Args:
+            held: tells which jobs' chunks this process would send again: see Publisher.holds.
 
         Raises:
             WorkbenchError: Redis cannot be reached.
         """
         self._news = JobStore(config, queue)
         self._store = JobStore(config, queue)
+        self._held = held
         self._boards: dict[str, Board] = {}
         #: Boards of jobs that have ended, as long as someone has them: such a job may be opened again, by anyone.
         self._ended: weakref.WeakValueDictionary[str, Board] = weakref.WeakValueDictionary()
@@ -184,9 +188,8 @@ class Inbox:
 
     def _say_sending(self) -> None:
         with self._lock:
-            sending = list(self._sending)
-        for job in sending:
-            self._store.say_sending(job)
+            sending = set(self._sending)
+        self._store.say_sending(*sending.union(self._held()))
 
     def _hear(self, news: list[News]) -> None:
         told: dict[str, Board] = {}

@@ -75,8 +75,8 @@ class Link:
         self.config = config
         self.store = JobStore(config, queue)
         patiently(self.store.check_secret, PATIENCE)
-        self.inbox = Inbox(config, queue)
         self._publishers: dict[Lane, Publisher] = {}
+        self.inbox = Inbox(config, queue, held=self._held)
         self._lock = threading.Lock()
         self.mailer = Mailer(config, self.store, self.publisher, self.inbox, is_ours=self.is_ours)
         self._senders: list[Sender] = []
@@ -90,11 +90,13 @@ class Link:
         with self._lock:
             if lane not in self._publishers:
                 fed = functools.partial(self.store.fed, lane)
-                _, seen = patiently(fed, PATIENCE)
-                self._publishers[lane] = Publisher(self.config, self.queue, lane, fed=fed, seen=seen)
+                self._publishers[lane] = Publisher(self.config, self.queue, lane, fed=fed)
                 if lane != "normal":
                     patiently(lambda: self.store.ring("lane"), PATIENCE)
             return self._publishers[lane]
+
+    def _held(self) -> set[str]:
+        return set().union(*(publisher.holds() for publisher in list(self._publishers.values())))
 
     def slots(self) -> int:
         """Return how many slots serve this queue, at least 1."""

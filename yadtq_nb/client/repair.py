@@ -190,7 +190,7 @@ def _send(link: Link, seen: JobRecord, life: int, places: _Places, fixed: Packet
         head = msgspec.structs.replace(head, number=number, total=-1, done=done if b"1" in done else b"")
         if fixed is not None:
             head, function = _with(head, fixed), memoryview(b"" if fixed.by_blob else fixed.function)
-        publisher.send_chunk(codec.encode_chunk(link.key, head, function, [arguments]), receipts)
+        publisher.send_chunk(codec.encode_chunk(link.key, head, function, [arguments]), receipts, job=seen.id)
         link.mailer.ring()
         number, sent = number + 1, sent + done.count(b"0")
     link.mailer.settle(seen.lane, receipts)

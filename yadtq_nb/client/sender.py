@@ -229,7 +229,7 @@ class Mailer:
             arguments = []
         function = b"" if packet.by_blob else packet.function
         record = codec.encode_chunk(self._config.key, head, function, arguments)
-        self._publisher(packet.lane).send_chunk(record, acknowledged)
+        self._publisher(packet.lane).send_chunk(record, acknowledged, job=packet.job)
         return 1, size
 
     def _pickle_items(
@@ -509,7 +509,6 @@ class Sender:
         self._mailer.settle(self._packet.lane, self._receipts)
         seal = Seal(self._packet.job, self._sent, self._earlier | self._receipts.ends, self._life)
         self._mailer.seal(seal, _PATIENCE)
-        patiently(lambda: self._store.stop_sending(self._packet.job), _PATIENCE)
 
 
 def _checked(item: Any, index: int) -> Any:

@@ -312,11 +312,13 @@ class JobStore:
         with self._redis.use() as client:
             return sorted(map(int, client.smembers(self._key(job, "dropped"))))
 
-    def say_sending(self, job: str) -> None:
-        """Tell that this client still sends the job's items; holds for SENDER_LEASE seconds."""
-        with self._redis.use() as client:
-            # Also when Redis is full: a client that sends must not be taken for one that has died.
-            client.eval(_SAY_SENDING, 1, self._key(job, "sending"), int(SENDER_LEASE * 1000))
+    def say_sending(self, *jobs: str) -> None:
+        """Tell that this client still sends items of these jobs, or would again; holds for SENDER_LEASE seconds."""
+        with self._redis.use() as client, client.pipeline(transaction=False) as pipe:
+            for job in jobs:
+                # Also when Redis is full: a client that sends must not be taken for one that has died.
+                pipe.eval(_SAY_SENDING, 1, self._key(job, "sending"), int(SENDER_LEASE * 1000))
+            pipe.execute()
 
     def stop_sending(self, job: str) -> None:
         """Tell that this client sends no more of the job."""

@@ -49,7 +49,7 @@ def find_blob(config: Config, entries: Iterable[tuple[str, bytes | None]], name:
 
 def _restore(store: JobStore, entry: journal.Entry) -> None:
     if isinstance(entry, journal.Manifest | journal.Reopen):
-        # Its seal comes later in the topic: until then nobody is to take it for one whose client has died.
+        # Until its seal comes, later in the topic, nobody is to take it for one whose client has died.
         store.say_sending(entry.id)
     if isinstance(entry, journal.Blob):
         store.put_blob(entry.name, entry.data)

@@ -453,8 +453,9 @@ local function end_if_lost(job, now, keep, doubt)
   end
   local total, fed = tonumber(f[1]), tonumber(f[2] or 0)
   local done = tonumber(f[3] or 0) + tonumber(f[4] or 0) + tonumber(f[5] or 0)
-  -- A task that was cancelled before it came says nothing of those that came.
+  -- A task that was cancelled before it came says nothing of those that came. Whoever is sending may have the others.
   local passed = done - tonumber(f[9] or 0) >= fed and done < total
+    and redis.call('EXISTS', job_key(job, 'sending')) == 0
   for place, offset in pairs(passed and cmsgpack.unpack(f[6]) or {}) do
     local topic, partition = place:match('^(.*)/(%d+)$')
     local cursor = redis.call('HGET', lane_key('cursor', f[8] or 'normal'), partition)
@@ -468,7 +469,7 @@ local function end_if_lost(job, now, keep, doubt)
   elseif not f[7] then
     redis.call('HSET', name, 'doubted', string.format('%.6f', now))
   elseif now - tonumber(f[7]) > doubt then
-    -- For a while first: what a broker in memory has forgotten is sent again by its client.
+    -- For a while first: what a broker in memory has forgotten is sent again by its client, which says so now and then.
     redis.call('HSET', name, 'cancel', 'lost', 'lost', total - done)
     redis.call('HDEL', name, 'doubted')
     end_job(job, now, keep)

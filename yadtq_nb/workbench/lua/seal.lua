@@ -8,6 +8,7 @@ if redis.call('HEXISTS', name, 'cancel') == 1 or tonumber(redis.call('HGET', nam
   return 0
 end
 redis.call('HSET', name, 'id', ARGV[1], 'total', ARGV[2], 'sealed', 1, 'ends', ARGV[3])
+redis.call('DEL', job_key(ARGV[1], 'sending'))
 if redis.call('TTL', name) < 0 then
   redis.call('EXPIRE', name, keep * 4)
 end
