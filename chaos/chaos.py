@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import random
 import shutil
 import sys
@@ -34,13 +35,16 @@ from ground import QUEUE, Ground, MissedError
 from yadtq_nb.backlog.connection import Topics
 from yadtq_nb.errors import YadtqError
 from yadtq_nb.model import LANES, Lane
+from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobStore
 
 #: Clients that send at a time, and rounds of two jobs that each sends.
 _CLIENTS: Final = 3
 _ROUNDS: Final = 4
-#: Seconds without a task that starts or a client that says something, after which all counts as hung.
+#: Seconds without a task that starts or a client that says something, while all servers are there, that count as hung.
 _HUNG: Final = 60.0
+#: Seconds that the checker waits for a store which a fault has killed just before.
+_PATIENCE: Final = 30.0
 #: Part of the time that is not disturbed, and the most seconds of it.
 _CALM: Final = (0.15, 30.0)
 #: Seconds undisturbed from which a comparison says something: jobs differ.
@@ -167,7 +171,7 @@ class Run:
         now = time.monotonic()
         size = self.ground.audit.stat().st_size
         size += sum(c.ledger.stat().st_size for c in self.ground.clients if c.ledger.exists())
-        if size != self._moved[1]:
+        if size != self._moved[1] or self.ground.server_is_away():
             self._moved = (now, size)
         elif now - self._moved[0] > _HUNG:
             raise HungError(f"nothing has moved for {_HUNG:g} s")
@@ -220,8 +224,8 @@ class Run:
         jobs = check.read_ledgers([(client.killed, client.lines()) for client in ground.clients])
         forgetful = ground.stack == "local" and any("broker" in kind for kind in self._done)
         for name, sent in jobs.items():
-            id = self._store.find(name)
-            record = self._store.record(id) if id else None
+            id = patiently(functools.partial(self._store.find, name), _PATIENCE)
+            record = patiently(functools.partial(self._store.record, id), _PATIENCE) if id else None
             found = None
             if record is not None:
                 running = int(ground.redis().hget(f"{{yadtq:{QUEUE}}}:job:{record.id}", "running") or 0)

@@ -141,6 +141,10 @@ class Ground:
         finally:
             lock.release()
 
+    def server_is_away(self) -> bool:
+        """Tell whether a fault has a server, which may take longer to come back than anyone is to wait in silence."""
+        return any(name in self._held and self._held[name].locked() for name in ("broker", "store"))
+
     def pause(self, seconds: float) -> None:
         """Let a fault last, or until all faults are to end."""
         self.ending.wait(seconds)

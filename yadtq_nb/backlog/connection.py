@@ -78,7 +78,9 @@ def settings(config: Config, **more: Any) -> dict[str, Any]:
     """Return librdkafka's settings: ours, then the user's."""
     # Through logging: librdkafka's own way, standard error, would write into whatever cell runs.
     quiet = {"logger": _library_log, "log_level": 4, "log.connection.close": False}
-    return {"bootstrap.servers": config.kafka, **quiet, **more, **config.kafka_options}
+    # By default it looks for a broker that was away for long only every ten seconds.
+    soon = {"reconnect.backoff.max.ms": 1_000}
+    return {"bootstrap.servers": config.kafka, **quiet, **soon, **more, **config.kafka_options}
 
 
 def reading(config: Config, group: str, **more: Any) -> dict[str, Any]:
