@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import os
 import signal
@@ -166,6 +167,37 @@ def test_deadline_ends_a_job_with_what_it_has(cluster: LocalCluster) -> None:
     assert isinstance(single.exception(LIMIT), JobTimeoutError)
     assert job.state is JobState.CANCELLED
     assert queue.submit(abs, -1).result(LIMIT) == 1, "the slots are free again"
+
+
+def test_deadline_is_kept_where_no_node_lives(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(slots=1, workers=1)
+    with cluster.queue() as queue:
+        assert queue.submit(abs, -1).result(LIMIT) == 1
+        cluster.workers[0].stop()
+        job = queue.map(abs, range(10), deadline=1)
+        with pytest.raises(JobTimeoutError):
+            job.results(LIMIT)
+
+
+@pytest.mark.parametrize("deadline", [datetime.datetime(1970, 1, 1), datetime.datetime(1969, 1, 1)])
+def test_deadline_of_long_ago_has_passed(cluster: LocalCluster, deadline: datetime.datetime) -> None:
+    with pytest.raises(JobTimeoutError):
+        cluster.queue().map(time.sleep, [60], deadline=deadline).results(LIMIT)
+
+
+def test_deadline_that_no_clock_can_tell_is_named(cluster: LocalCluster) -> None:
+    with pytest.raises(ValueError, match="deadline is further away than"):
+        cluster.queue().map(abs, [1], deadline=datetime.datetime.min)
+
+
+def test_cancelling_one_task_while_the_first_are_measured_spares_the_rest(cluster: LocalCluster) -> None:
+    with cluster.queue() as queue:
+        busy = queue.map(time.sleep, [3, 3], chunksize=1)
+        wait_until(lambda: busy.progress.running == 2)
+        job = queue.map(abs, range(100))
+        wait_until(lambda: job.progress.total > 0)
+        assert job[0].cancel()
+        assert job.results(LIMIT, errors="skip") == list(range(1, 100))
 
 
 def test_deadline_that_is_kept_changes_nothing(cluster: LocalCluster) -> None:

@@ -303,6 +303,13 @@ def test_missing_pyarrow_and_unknown_backends_are_named(monkeypatch: pytest.Monk
         _frame([], [], dtype_backend="pyarrow")
 
 
+def test_text_that_cannot_be_encoded_is_kept_as_it_is() -> None:
+    names = ["a.txt", "caf\udce9.txt"]  # as os.listdir gives a name that is not UTF-8
+    frame = _frame(names, names)
+    assert (frame.input.tolist(), frame.value.tolist()) == (names, names)
+    assert _frame(None, [names[1], None]).value.tolist()[0] == names[1]
+
+
 def test_million_scalars_have_real_dtypes() -> None:
     number = 1_000_000
     frame = _frame(list(range(number)), [each * 0.5 for each in range(number)])

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,19 @@ from yadtq_nb import LocalCluster, Queue
 __import__("cloudpickle").register_pickle_by_value(sys.modules[__name__])
 
 LIMIT = 90
+
+
+WAYS = [
+    "result",
+    "exception",
+    "as_completed",
+    "iterated",
+    "frame",
+    "wait",
+    "awaited",
+    "futures.wait",
+    "futures.as_completed",
+]
 
 
 @pytest.fixture
@@ -46,7 +60,7 @@ def test_maps_in_tasks_of_maps_never_deadlock(narrow: LocalCluster) -> None:
     assert (worker.slots, worker.busy <= 1) == (1, True)
 
 
-@pytest.mark.parametrize("way", ["result", "exception", "as_completed", "iterated", "frame", "wait", "awaited"])
+@pytest.mark.parametrize("way", WAYS)
 def test_slot_is_lent_whichever_way_a_task_waits(narrow: LocalCluster, way: str) -> None:
     queue = narrow.queue()
 
@@ -58,6 +72,10 @@ def test_slot_is_lent_whichever_way_a_task_waits(narrow: LocalCluster, way: str)
         job = queue.map(abs, [-x])
         if way == "as_completed":
             return next(future.result() for future in job.as_completed())
+        if way == "futures.wait":
+            return futures.wait([*job, queue.submit(abs, -x)]).done.pop().result()
+        if way == "futures.as_completed":
+            return next(futures.as_completed([*job, queue.submit(abs, -x)])).result()
         if way == "iterated":
             return next(iter(job)).result()
         if way == "frame":

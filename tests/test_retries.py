@@ -56,6 +56,34 @@ def test_only_the_task_that_failed_is_tried_again(cluster: LocalCluster, tmp_pat
     assert job.progress.queued == job.progress.running == 0
 
 
+def test_error_whose_text_cannot_be_encoded_is_tried_again_and_spares_its_chunk_mates(
+    cluster: LocalCluster, tmp_path: Path
+) -> None:
+    audit = tmp_path / "audit"
+
+    def open_badly(x: int) -> int:
+        note(audit, x)
+        if x == 0:
+            raise OSError("no such file: \udcff")
+        return x
+
+    job = cluster.queue().map(open_badly, range(5), chunksize=5, retries=1, backoff=0.05)
+    assert job.results(LIMIT, errors="skip") == [1, 2, 3, 4]
+    with pytest.raises(OSError, match="no such file"):
+        job[0].result(LIMIT)
+    assert wrote(audit) == Counter({"0": 2, "1": 1, "2": 1, "3": 1, "4": 1})
+
+
+def test_error_with_notes_of_its_own_making_is_an_error_like_others(cluster: LocalCluster) -> None:
+    def raise_oddly(_: int) -> None:
+        error = ValueError("odd")
+        error.__notes__ = 5  # type: ignore[assignment]  # what Python would not put there
+        raise error
+
+    job = cluster.queue().map(raise_oddly, [0], retries=1, backoff=0.05)
+    assert isinstance(job[0].exception(LIMIT), ValueError)
+
+
 def test_last_error_is_kept_with_the_earlier_ones_as_its_notes(cluster: LocalCluster, tmp_path: Path) -> None:
     audit = tmp_path / "audit"
 

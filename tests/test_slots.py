@@ -21,7 +21,8 @@ import pytest
 from waiting import wait_until
 
 from yadtq_nb import codec, errors
-from yadtq_nb.model import BrokenItem, ChunkHead, Environment, ErrorInfo, Lease, Segment
+from yadtq_nb.model import WHOLE, BrokenItem, ChunkHead, Environment, ErrorInfo, Lease, Policy, Segment
+from yadtq_nb.slots import pool
 from yadtq_nb.slots.pool import Died, Outcomes, SlotEvent, SlotPool
 from yadtq_nb.source import Tree, collect
 
@@ -60,6 +61,7 @@ def make_lease(
         concurrent=options.pop("concurrent", False),
         environment=environment or Environment(),
         by_reference=options.pop("by_reference", False),
+        policy=options.pop("policy", Policy()),
     )
     body = codec.dumps(items) if arguments is None else [arguments]
     return Lease(head, 1, codec.encode_chunk(secret, head, data, body), **options)
@@ -264,6 +266,43 @@ def test_numpy_argument_is_writable_and_large_arrays_make_the_round_trip(run: Ru
 def test_record_of_many_megabytes_neither_blocks_nor_breaks(run: Run) -> None:
     data = os.urandom(40_000_000)
     assert run.outcomes(make_lease(lambda x: x[::-1], [data])) == {0: data[::-1]}
+
+
+def test_large_record_for_a_slot_that_is_stopped_holds_up_no_other(run: Run) -> None:
+    run.until(lambda: len(run.pool.pids()) == 2)
+    large = make_lease(len, [bytes(4_000_000)])
+    run.start(large)
+    assert merge(run.ended(large)) == {0: 4_000_000}
+    os.kill(stopped := run.pool.pids()[0], signal.SIGSTOP)
+    try:
+        for number in (1, 2):
+            run.start(make_lease(len, [bytes(4_000_000)], number=number))
+        run.until(lambda: len(run.events) == 2)
+        assert merge(run.events[1:]) == {0: 4_000_000}
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    run.until(lambda: len(run.events) == 3)
+
+
+class _Endless:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return time.sleep, (300,)
+
+
+@pytest.mark.parametrize("concurrent", [False, True])
+def test_slot_that_does_not_end_to_read_a_chunk_is_killed_when_its_tasks_may_take_only_so_long(
+    run: Run, monkeypatch: pytest.MonkeyPatch, concurrent: bool
+) -> None:
+    monkeypatch.setattr(pool, "_OPENING", 0.3)
+    lease = make_lease(id, [0, _Endless()], policy=Policy(timeout=0.2), concurrent=concurrent)
+    run.start(lease)
+    death = run.died(lease)
+    assert (death.offset, death.timed_out, death.ran) == (None, None, True)
+    # Then it is read item by item.
+    careful = msgspec.structs.replace(lease, crashes={WHOLE: 1}, token=2)
+    run.start(careful)
+    death = run.died(careful)
+    assert (death.offset, death.timed_out, death.read) == (1, 1, True)
 
 
 def test_arguments_function_and_tree_may_be_files(run: Run) -> None:

@@ -38,16 +38,27 @@ def waiting() -> Iterator[None]:
     Raises:
         RecursionError: jobs that wait for jobs are nested too deep.
     """
-    if _lend is None:
-        yield
-        return
-    if depth >= MOST:
-        raise RecursionError(f"tasks wait for jobs of their own, {depth} levels deep: is there an end to it?")
-    _count(1)
+    begin()
     try:
         yield
     finally:
-        _count(-1)
+        end()
+
+
+def begin() -> None:
+    """Lend this process's slot, if it is one, until end is called as often.
+
+    Raises:
+        RecursionError: jobs that wait for jobs are nested too deep.
+    """
+    if _lend is not None and depth >= MOST:
+        raise RecursionError(f"tasks wait for jobs of their own, {depth} levels deep: is there an end to it?")
+    _count(1)
+
+
+def end() -> None:
+    """Have the slot back, once for each begin."""
+    _count(-1)
 
 
 def _count(step: int) -> None:

@@ -66,7 +66,7 @@ def fill(found: Sequence[Any], places: npt.NDArray[np.intp] | None, length: int)
 
 def spread(array: Any, rows: npt.NDArray[np.intp]) -> Any:
     """Return the array's elements at `rows`, missing where that is -1."""
-    if isinstance(array, pd.arrays.NumpyExtensionArray):
+    if type(array) is pd.arrays.NumpyExtensionArray:  # not text, which derives from it
         array = array.to_numpy()
     if (rows < 0).any():
         dtype = nullable(array.dtype)
@@ -86,7 +86,11 @@ def nullable(dtype: Any) -> str | None:
 def strings(objects: npt.NDArray[np.object_]) -> Any:
     """Return text as a column; None is missing."""
     # Before pandas 3 there is no "str" dtype: the name meant Python's str, by which None becomes the word "None".
-    return pd.array(objects, dtype="str" if int(pd.__version__.split(".")[0]) >= 3 else "string")
+    try:
+        return pd.array(objects, dtype="str" if int(pd.__version__.split(".")[0]) >= 3 else "string")
+    except UnicodeEncodeError:
+        # A lone surrogate, as a file's name that is not UTF-8 has: pyarrow, where pandas keeps text, takes none.
+        return pd.array(objects, dtype=pd.StringDtype("python", na_value=np.nan))
 
 
 def _narrow(found: Sequence[Any], kinds: set[type]) -> Any:

@@ -52,6 +52,18 @@ class _Owner(Protocol):
     def cancel_tasks(self, indices: Iterable[int]) -> list[int]: ...
 
 
+class _Waiters(list[Any]):
+    """Who waits by concurrent.futures.wait or as_completed, which note it here: the slot is lent meanwhile."""
+
+    def append(self, waiter: Any) -> None:
+        lending.begin()
+        super().append(waiter)
+
+    def remove(self, waiter: Any) -> None:
+        super().remove(waiter)
+        lending.end()
+
+
 class TaskFuture(Future[Any]):
     """The future of one task. concurrent.futures.wait and as_completed take it, and so does asyncio.wrap_future.
 
@@ -64,6 +76,8 @@ class TaskFuture(Future[Any]):
 
     def __init__(self, job: _Owner, index: int) -> None:
         super().__init__()
+        if lending.in_slot():
+            self._waiters = _Waiters()
         self.job = job
         self.index = index
 

@@ -275,6 +275,8 @@ class Inbox:
             self._position, renewed = newest, True
         with self._lock:
             boards = list(self._boards.values())
+        if boards:
+            self._store.end_late()  # no node may be there that does
         for board in boards:
             if renewed:
                 board.renew()

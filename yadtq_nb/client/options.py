@@ -61,7 +61,7 @@ class Moment(msgspec.Struct, frozen=True):
         if self.delay is not None:
             return now() + self.delay
         if self.at is not None:
-            return self.at + now() - time.time()
+            return max(1.0, self.at + now() - time.time())  # 0 would be none
         return 0.0
 
 
@@ -217,7 +217,10 @@ def _moment(option: str, value: Any) -> Moment:
     if value is None:
         return Moment()
     if isinstance(value, datetime.datetime):
-        return Moment(at=value.timestamp())
+        try:
+            return Moment(at=value.timestamp())
+        except (ValueError, OverflowError, OSError):
+            raise ValueError(f"{option} is further away than this machine's clock can tell: {value!r}") from None
     if not isinstance(value, datetime.timedelta | Real) or isinstance(value, bool):
         raise TypeError(f"{option} must be seconds, a timedelta or a datetime, not {value!r}")
     return Moment(delay=_seconds(option, value))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -481,7 +482,8 @@ class Sender:
         if board.done:
             with contextlib.suppress(WorkbenchError):  # then nothing is measured
                 self._inbox.fetch(board)
-            taken = [s for outcomes in board.segments() for s in memoryview(outcomes.segment.seconds).cast("d")]
+            told = [s for outcomes in board.segments() for s in memoryview(outcomes.segment.seconds).cast("d")]
+            taken = [s for s in told if not math.isnan(s)]  # those that were cancelled have not run
             seconds = sum(taken) / len(taken) if taken else None
         return planner.Measured(
             seconds, self._bytes / max(1, sent - self._first), slots, self._packet.concurrent, queued

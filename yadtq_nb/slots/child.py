@@ -61,6 +61,29 @@ class Child:
         self.used = time.monotonic()
         self.growth = Growth(log)
 
+    def order(self, order: wire.Order, record: bytes) -> None:
+        """Write an order without waiting for the slot, which may be stopped. The caller holds `sending`.
+
+        What its socket does not take at once, a thread of its own writes: whoever calls has other slots to see to.
+        """
+        try:
+            rest = wire.begin(self.sock, order, record)
+        except OSError:
+            rest = []  # the slot has died, as poll will tell
+        if rest:
+            threading.Thread(target=self._write, args=[rest], name="yadtq-order", daemon=True).start()
+        else:
+            self.sending.release()
+
+    def _write(self, rest: list[memoryview]) -> None:
+        try:
+            for part in rest:
+                self.sock.sendall(part)
+        except OSError:
+            pass  # the slot has died, as poll will tell
+        finally:
+            self.sending.release()
+
     def handed_over(self) -> None:
         """Close the child's ends here."""
         self.theirs.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -34,17 +35,30 @@ def annotate(error: BaseException, environment: Environment) -> None:
         note = _missing_module(error.name)
     elif isinstance(error, FileNotFoundError) and isinstance(error.filename, str | bytes):
         note = _missing_file(os.fsdecode(error.filename), environment)
-    if note and note not in getattr(error, "__notes__", ()):
-        error.add_note(note)
+    if note and note not in _notes(error):
+        with contextlib.suppress(Exception):  # an error that takes no notes
+            error.add_note(note)
 
 
 def message(error: BaseException) -> str:
-    """Return the text of error with its notes, whatever its __str__ does."""
+    """Return the text of error with its notes, whatever its __str__ does, as it can be sent."""
     try:
         text = str(error)
     except BaseException as exc:
         text = f"<{type(error).__qualname__} whose text raises {type(exc).__qualname__}>"
-    return "\n".join([text, *map(str, getattr(error, "__notes__", ()))])
+    return sendable("\n".join([text, *_notes(error)]))
+
+
+def sendable(text: str) -> str:
+    """Return text without lone surrogates: what cannot be encoded would cost the chunk all of its outcomes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _notes(error: BaseException) -> list[str]:
+    try:
+        return [str(note) for note in error.__notes__]
+    except Exception:  # none, or not what Python would have put there
+        return []
 
 
 def wrong_python(environment: Environment) -> str | None:

@@ -235,7 +235,7 @@ def ours(error: errors.TaskError) -> ErrorInfo:
 
 
 def _type_name(cls: type) -> str:
-    return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+    return hints.sendable(cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}")
 
 
 def _traceback(error: BaseException) -> str:
@@ -259,8 +259,7 @@ def _pickle_error(error: BaseException) -> bytes:
 
 
 def _shorten(text: str) -> str:
-    # "replace": a lone surrogate cannot be encoded, and would cost the chunk all of its outcomes
-    text = text.encode("utf-8", "replace").decode("utf-8")
+    text = hints.sendable(text)
     if len(text) <= _TEXT:
         return text
     half = _TEXT // 2

@@ -42,6 +42,9 @@ _LOG_EVERY: Final = 1.0
 _LEAST_LOOK: Final = 0.01
 #: How long a slot may take to say what an item looks like, in seconds.
 _DESCRIBING: Final = 5.0
+#: How long a slot may take to read a chunk whose tasks may take only so long, on top of that, in seconds: its function
+#: may import much. Then the chunk is read item by item, each within its task's time.
+_OPENING: Final = 60.0
 #: A template that lives for less is started again with growing delay, in seconds.
 _SHORT_LIFE: Final = 1.0
 _LONGEST_DELAY: Final = 5.0
@@ -264,12 +267,7 @@ class SlotPool:
             slot.sending.acquire()
         if head.policy.timeout or describe is not None:
             self.wake()  # poll may sleep for longer than the task may take
-        try:
-            wire.send(slot.sock, order, lease.record)
-        except OSError:
-            pass  # the slot has died, as poll will tell
-        finally:
-            slot.sending.release()
+        slot.order(order, lease.record)
 
     def poll(self, timeout: float) -> list[SlotEvent]:
         """Wait up to timeout seconds for something to happen, and return what did: perhaps only a call of wake."""
@@ -605,11 +603,12 @@ class SlotPool:
                     self._look = min(self._look, _LEAST_LOOK)
                     if now >= slot.kill_at:
                         processes.kill(slot.pid, group=True)
-                limit = slot.lease.head.policy.timeout if slot.lease and not slot.lease.head.concurrent else 0.0
-                if not limit:
+                limit = slot.lease.head.policy.timeout if slot.lease else 0.0
+                begun = slot.look(now)
+                if not limit or (begun and slot.lease and slot.lease.head.concurrent and not slot.reads()):
                     continue
                 self._look = min(self._look, max(_LEAST_LOOK, limit / 20))
-                late = slot.look(now) and now - slot.seen_at >= limit
+                late = now - slot.seen_at >= limit if begun else now - slot.used >= limit + _OPENING
                 if late and not slot.doomed and slot.pid:
                     slot.timed_out, slot.doomed = slot.seen, True
                     processes.kill(slot.pid, group=True)

@@ -6,6 +6,7 @@ import reprlib
 from typing import Any, Final
 
 from yadtq_nb.model import BrokenItem, CallStyle
+from yadtq_nb.slots.hints import sendable
 
 #: Longest text, in characters.
 _LONGEST: Final = 500
@@ -34,6 +35,5 @@ def _show(value: Any) -> str:
 
 
 def _shorten(text: str) -> str:
-    # A lone surrogate could not be sent.
-    text = text.encode("utf-8", "replace").decode("utf-8")
+    text = sendable(text)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

@@ -143,6 +143,26 @@ def send(sock: socket.socket, head: msgspec.Struct, body: Buffer = b"") -> None:
         sock.sendall(body)
 
 
+def begin(sock: socket.socket, head: msgspec.Struct, body: Buffer = b"") -> list[memoryview]:
+    """Write as much of a frame as the socket takes without waiting, and return the rest.
+
+    Raises:
+        OSError: the other side has gone.
+    """
+    encoded = encode(head)
+    parts: list[Buffer] = [_PREFIX.pack(len(encoded), len(body)) + encoded, body]
+    try:
+        sent = sock.sendmsg(parts, [], socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        sent = 0
+    rest = []
+    for part in parts:
+        if sent < len(part):
+            rest.append(memoryview(part)[sent:])
+        sent = max(0, sent - len(part))
+    return rest
+
+
 def receive(sock: socket.socket) -> tuple[bytearray, bytearray] | None:
     """Read one frame, blocking; None when the other side has gone."""
     prefix = _read(sock, _PREFIX.size)

@@ -23,7 +23,7 @@ from yadtq_nb.model import Lane
 
 VERBS: Final = (
     *("feed", "take", "finish", "release", "retry", "mark", "beat", "reap", "init", "restore"),
-    *("create", "seal", "cancel", "drop", "reopen", "reopened", "withdraw", "keep", "delete"),
+    *("create", "seal", "cancel", "drop", "reopen", "reopened", "withdraw", "keep", "delete", "late"),
 )
 
 _T = TypeVar("_T")

@@ -204,6 +204,14 @@ class JobStore:
         """
         return int(self._redis.call("cancel", cancel.id, cancel.reason, int(self._config.keep)))
 
+    def end_late(self) -> None:
+        """End jobs whose deadline has passed. May be sent twice.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached.
+        """
+        self._redis.call("late", int(self._config.keep))
+
     def delete(self, job: str) -> bool:
         """Forget a job and all that is kept of it. May be sent twice; False when it was deleted before.
 

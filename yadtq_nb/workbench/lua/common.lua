@@ -415,6 +415,14 @@ local function cancel_job(job, reason, now, keep)
   return total - done
 end
 
+-- Jobs whose deadline has passed, some at a time.
+local function end_late_jobs(now, keep)
+  for _, job in ipairs(redis.call('ZRANGEBYSCORE', key('deadlines'), '-inf', now, 'LIMIT', 0, 10)) do
+    redis.call('ZREM', key('deadlines'), job)
+    cancel_job(job, 'deadline', now, keep)
+  end
+end
+
 -- Forget what a cancel has taken out of the line, some at a time: there may be a hundred thousand.
 local function sweep_dropped()
   for _, entry in ipairs(redis.call('LPOP', key('dropped'), 1000) or {}) do

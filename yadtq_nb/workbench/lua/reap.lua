@@ -51,10 +51,7 @@ end
 if wake_delayed(now) > 0 or #lapsed > 0 then
   ring()
 end
-for _, job in ipairs(redis.call('ZRANGEBYSCORE', key('deadlines'), '-inf', now, 'LIMIT', 0, 10)) do
-  redis.call('ZREM', key('deadlines'), job)
-  cancel_job(job, 'deadline', now, tonumber(ARGV[3]))
-end
+end_late_jobs(now, tonumber(ARGV[3]))
 sweep_dropped()
 -- Once a second: a job of which nothing more will come.
 if math.floor(now) ~= math.floor(last) then
