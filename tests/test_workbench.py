@@ -1250,6 +1250,48 @@ def test_cancelled_job_that_was_opened_again_stays_open_after_a_wipe(bench: Benc
     assert record.ended is not None
 
 
+def test_nobody_is_told_after_a_wipe_that_a_job_was_ended_which_was_opened_again(bench: Bench) -> None:
+    entries = [Manifest("job", "job", "fn", 1.0, 2, deadline=1.0), Cancel("job"), Reopen("job", 1, 1, 2)]
+    position = bench.store.news_position()
+    restore_jobs(bench.config, bench.queue, [journal.encode(bench.config.key, entry) for entry in entries])
+    bench.beat("a")
+    bench.node("a").reap()  # ends jobs whose deadline has passed
+    _, news, _ = bench.store.wait_for_news(position, 0.05)
+    assert not any(entry.ended for entry in news)
+    record = bench.store.record("job")
+    assert record is not None
+    assert (record.cancel, record.ended) == ("", None)
+
+
+def test_deadline_to_come_of_a_job_that_was_extended_is_kept_after_a_wipe(bench: Bench) -> None:
+    entries = [Manifest("job", "job", "fn", 1.0, 2, deadline=bench.store.now() + 0.5), Reopen("job", 1, 0, 3)]
+    restore_jobs(bench.config, bench.queue, [journal.encode(bench.config.key, entry) for entry in entries])
+
+    def is_over() -> bool:
+        bench.beat("a")
+        bench.node("a").reap()
+        record = bench.store.record("job")
+        return record is not None and record.cancel == "deadline"
+
+    wait_until(is_over)
+
+
+def test_name_belongs_to_the_last_job_that_had_it_after_a_wipe(bench: Bench) -> None:
+    old, new = Manifest("old", "sweep", "fn", 1.0, 2), Manifest("new", "sweep", "fn", 2.0, 2)  # the old one has expired
+    entries = [old, Seal("old", 2), new]
+    restore_jobs(bench.config, bench.queue, [journal.encode(bench.config.key, entry) for entry in entries])
+    assert bench.store.find("sweep") == "new"
+    assert [record.id for record in bench.store.records()] == ["new"]
+
+
+def test_deadline_is_kept_by_a_client_where_no_node_reaps(bench: Bench) -> None:
+    bench.store.create(Manifest("job", "late", "fn", 1.0, 1, deadline=bench.store.now() - 1))
+    bench.store.end_late()
+    record = bench.store.record("job")
+    assert record is not None
+    assert record.cancel == "deadline"
+
+
 @pytest.mark.parametrize("entry", [Manifest("job", "job", "fn", 1.0, 2), Reopen("job", 1, 1, 2)])
 def test_job_that_is_being_restored_is_not_taken_for_incomplete(bench: Bench, entry: Manifest | Reopen) -> None:
     restore_jobs(bench.config, bench.queue, [journal.encode(bench.config.key, entry)])
