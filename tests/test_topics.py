@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future
+from pathlib import Path
 
 import psutil
 import pytest
 import stacks
 from confluent_kafka import KafkaError, KafkaException, Producer, TopicCollection, TopicPartition
-from confluent_kafka.admin import AdminClient, NewPartitions  # type: ignore[attr-defined]  # exported, but not in __all__
+from confluent_kafka.admin import AdminClient, NewPartitions, OffsetSpec  # type: ignore[attr-defined]  # exported, but not in __all__
 from waiting import wait_until
 
 from yadtq_nb import JobIncompleteError, LocalCluster
@@ -52,6 +54,39 @@ def test_records_that_were_deleted_before_they_were_read_are_passed_by_and_their
             lost.results(LIMIT)
         # Fetches that waited at the broker may have brought the first of each partition.
         assert lost.lost
+
+
+def test_records_of_what_was_finished_long_ago_are_deleted_and_no_others(
+    stack: stacks.Servers, make_cluster: stacks.MakeCluster, tmp_path: Path
+) -> None:
+    if stack.name == "local":
+        pytest.skip("the local broker's topics are made again instead")
+    cluster = make_cluster(slots=2, workers=1, settings={"keep": 2.0})
+    go_on = tmp_path / "go-on"
+
+    def wait(_: int) -> int:
+        while not go_on.exists():
+            time.sleep(0.05)
+        return 1
+
+    with cluster.queue() as queue:
+        assert queue.map(abs, range(20), chunksize=1).results(LIMIT) == list(range(20))
+        topics = queue._link().publisher()._topics
+        topic = topics.ensure()
+        before = topics.ends(topic)
+        slow = queue.submit(wait, 0)
+
+        def starts() -> dict[int, int]:
+            # What follows moves the marks, which come with a commit.
+            assert queue.map(abs, range(8), chunksize=1).results(LIMIT) == list(range(8))
+            return topics._offsets(topic, range(topic.partitions), OffsetSpec.earliest())  # type: ignore[no-untyped-call]  # brings no types
+
+        wait_until(lambda: all(start >= before[p] for p, start in starts().items()), seconds=LIMIT)
+        wait_until(lambda: sum(start > before[p] for p, start in starts().items()) == 3, seconds=LIMIT)
+        assert sum(start == before[p] for p, start in starts().items()) == 1, "where one waits that is not finished"
+        go_on.touch()
+        assert slow.result(LIMIT) == 1
+        wait_until(lambda: all(start > before[p] for p, start in starts().items()), seconds=LIMIT)
 
 
 def test_partitions_that_are_added_are_read(apache: LocalCluster) -> None:

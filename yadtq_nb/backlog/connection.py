@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent import futures
 from concurrent.futures import Future
 from typing import Any, Final, TypeVar
@@ -191,7 +191,32 @@ class Topics:
         Raises:
             BacklogError: Kafka cannot be reached or refuses.
         """
-        wanted = {TopicPartition(topic.name, p): OffsetSpec.latest() for p in range(topic.partitions)}  # type: ignore[no-untyped-call]  # brings no types
+        return self._offsets(topic, range(topic.partitions), OffsetSpec.latest())  # type: ignore[no-untyped-call]  # brings no types
+
+    def trim(self, topic: Topic, marks: Mapping[int, int], before: float) -> None:
+        """Delete task records that lie before the marks of their partitions, and were written before that time.
+
+        Without it the topic would grow for ever: it has no retention, which would delete what nobody has read yet.
+
+        Args:
+            marks: partition -> offset before which all is finished, for good.
+            before: seconds since the epoch.
+
+        Raises:
+            BacklogError: Kafka cannot be reached or refuses.
+        """
+        starts = self._offsets(topic, marks, OffsetSpec.earliest())  # type: ignore[no-untyped-call]  # brings no types
+        # -1 where all were written before.
+        young = self._offsets(topic, marks, OffsetSpec.for_timestamp(int(before * 1000)))
+        stops = {p: mark if young[p] < 0 else min(mark, young[p]) for p, mark in marks.items()}
+        places = [TopicPartition(topic.name, p, stop) for p, stop in stops.items() if stop > starts[p]]
+        if places:
+            with translate_kafka_errors(self._config):
+                for future in self._admin.delete_records(places, request_timeout=TIMEOUT).values():
+                    self._wait(future)
+
+    def _offsets(self, topic: Topic, partitions: Iterable[int], which: OffsetSpec) -> dict[int, int]:
+        wanted = {TopicPartition(topic.name, partition): which for partition in partitions}
         with translate_kafka_errors(self._config):
             found = self._admin.list_offsets(wanted, request_timeout=TIMEOUT)
             return {place.partition: int(self._wait(future).offset) for place, future in found.items()}
@@ -261,9 +286,11 @@ class Topics:
         replication = self._config.replication or -1
         # What waits must never vanish by age; only what happened may.
         kept = {"retention.ms": "-1", "retention.bytes": "-1"}
+        # What is said of a job is of use as long as the workbench keeps the job, if it never ends.
+        last = {"cleanup.policy": "compact,delete", "retention.ms": str(int(4000 * self._config.keep))}
         topics = [
             NewTopic(self._tasks, self._config.partitions, replication, config=kept),
-            NewTopic(jobs_topic(self._queue), 1, replication, config={"cleanup.policy": "compact"}),
+            NewTopic(jobs_topic(self._queue), 1, replication, config=last),
             NewTopic(events_topic(self._queue), 1, replication),
             NewTopic(dead_topic(self._queue), 1, replication, config={"retention.bytes": _DEAD_BYTES}),
         ]

@@ -167,7 +167,9 @@ class Mailer:
         self._publisher = publisher
         self._inbox = inbox
         self._is_ours = is_ours
+        #: Blobs, and when they were last put on the workbench, and on the jobs topic.
         self._kept: dict[str, float] = {}
+        self._journaled: dict[str, float] = {}
         self._rung_at = 0.0
 
     def keep_blob(self, kind: bytes, name: str, data: bytes) -> None:
@@ -180,10 +182,13 @@ class Mailer:
         if now - self._kept.get(name, float("-inf")) < _KEPT:
             return
         sealed = codec.seal(self._config.key, kind, data)
-        if patiently(lambda: self._store.put_blob(name, sealed), PATIENCE) or name not in self._kept:
+        # Once more before the topic lets go of it by its age.
+        late = now - self._journaled.get(name, float("-inf")) > self._config.keep
+        if patiently(lambda: self._store.put_blob(name, sealed), PATIENCE) or late:
             key, value = journal.encode(self._config.key, journal.Blob(name, sealed))
             if len(value) <= MAX_RECORD:
                 self._publisher("normal").send_job(key, value)
+            self._journaled[name] = now
         self._kept[name] = now
 
     def send(

@@ -40,6 +40,10 @@ _LOOK_POLL: Final = 10.0
 _LONG: Final = 500
 #: Seconds without a record that are enough to do so, also between the tasks of someone who sends one after another.
 _GAP: Final = 0.001
+#: Longest time between looks at what may be deleted of the topic, in seconds, and how often that is looked at while it
+#: is kept.
+_TRIM: Final = 3_600.0
+_TRIMS: Final = 24
 #: Seconds to wait before the next try when a server is away, or the workbench is full.
 _PAUSE: Final = 0.1
 #: Seconds to wait at a time for Kafka to take what was refused.
@@ -118,6 +122,9 @@ class Feeder:
         self._lock = threading.Lock()
         self._shares: list[Share] | None = None
         self._marks: dict[int, Cursor] = {}
+        #: What was committed last, and when it is next seen what of it may be deleted.
+        self._finished: dict[int, int] = {}
+        self._trim_at = 0.0
         self._alive_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name=f"yadtq-feeder-{lane}", daemon=True)
 
@@ -221,6 +228,7 @@ class Feeder:
         self._topic = topic
         self._reader = Reader(self._config, self._queue, topic)
         self._held, self._gaps, self._lost, self._assigned = [], set(), set(), False
+        self._finished = {}
         self._positions = {p: self._find(p, self._bench.cursor(p)) for p in self._positions}
 
     def _leave_lost(self) -> None:
@@ -248,7 +256,23 @@ class Feeder:
         if marks:
             # A mark of an earlier life of the topic would pass records of this one.
             ours = {p: mark.offset for p, mark in marks.items() if mark.topic_id == self._topic.id}
-            self._reader.commit({p: offset for p, offset in ours.items() if p in self._positions})
+            ours = {p: offset for p, offset in ours.items() if p in self._positions}
+            self._reader.commit(ours)
+            self._finished.update(ours)
+            self._trim()
+
+    def _trim(self) -> None:
+        """Delete records of what was finished long ago, on a broker with a disk."""
+        self._finished = {p: mark for p, mark in self._finished.items() if p in self._positions}
+        now = time.monotonic()
+        if self._config.reading == "wake" or now < self._trim_at or not self._finished:
+            return
+        self._trim_at = now + max(1.0, min(_TRIM, self._config.keep / _TRIMS))
+        try:
+            # As long as their jobs are kept: after a wipe, job.retry() finds there what is to be run again.
+            self._topics.trim(self._topic, self._finished, time.time() - self._config.keep)
+        except BacklogError as exc:
+            log.warning("what was finished long ago is not deleted from %s: %s", self._topic.name, exc)
 
     def _follow(self, shares: list[Share]) -> None:
         """Read what was given, and compare with the cursors: Redis may have come back a second older."""
