@@ -56,6 +56,21 @@ def test_records_that_were_deleted_before_they_were_read_are_passed_by_and_their
         assert lost.lost
 
 
+def test_broker_that_has_lost_its_last_records_is_read_again_from_what_was_finished(apache: LocalCluster) -> None:
+    with apache.queue() as queue:
+        link = queue._link()
+        node = psutil.Process(apache._part(apache.workers[0].name).pid)
+        node.suspend()
+        try:
+            # To whoever reads there, it is the same as a log that has become shorter.
+            cursors = {p: f"{c.topic_id}:{c.offset + 100}" for p, c in link.store.fed()[1].items()}
+            with link.store._redis.use() as client:
+                client.hset(link.store._redis.key("cursor"), mapping=cursors)
+        finally:
+            node.resume()
+        assert queue.map(abs, range(40), chunksize=1).results(LIMIT) == list(range(40))
+
+
 def test_records_of_what_was_finished_long_ago_are_deleted_and_no_others(
     stack: stacks.Servers, make_cluster: stacks.MakeCluster, tmp_path: Path
 ) -> None:

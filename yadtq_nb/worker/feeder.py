@@ -232,17 +232,24 @@ class Feeder:
         self._positions = {p: self._find(p, self._bench.cursor(p)) for p in self._positions}
 
     def _leave_lost(self) -> None:
-        """Go on where the log begins, if its records were deleted up to there; their jobs will say what is lost."""
+        """Go on where there is a log, if records were deleted or the broker has lost its last ones.
+
+        Jobs of deleted records will say what is lost. What is read once more, since others may lie now at the places of
+        those that the broker has lost, is known by its id.
+        """
         while self._lost:
             partition = min(self._lost)
             offset = self._positions.get(partition)
-            if offset is not None and offset < (start := self._reader.log_start(partition)):
+            start, end = self._reader.log_start(partition), self._topics.ends(self._topic).get(partition, 0)
+            if offset is not None and not start <= offset <= end:
+                done = self._reader.committed(partition) or 0
+                there = min(max(start, 0 if offset < start else done), end)
                 log.error(
-                    "records %d to %d of partition %d of %s were deleted before they were read",
-                    *(offset, start - 1, partition, self._topic.name),
+                    "partition %d of %s should be read at %d, but its log has %d to %d only: go on at %d",
+                    *(partition, self._topic.name, offset, start, end, there),
                 )
-                here, there = Cursor(self._topic.id, offset), Cursor(self._topic.id, start)
-                self._positions[partition] = self._find(partition, self._bench.init(partition, here, there))
+                cursors = Cursor(self._topic.id, offset), Cursor(self._topic.id, there)
+                self._positions[partition] = self._find(partition, self._bench.init(partition, *cursors))
             self._lost.discard(partition)
 
     # Which partitions, and from where.
