@@ -244,6 +244,27 @@ def test_single_tasks_are_cancelled_wherever_they_are(make_cluster: MakeCluster,
     assert attached.results(errors="skip") == behind.results(errors="skip")
 
 
+def test_task_that_is_cancelled_while_its_chunk_runs_never_starts(make_cluster: MakeCluster, tmp_path: Path) -> None:
+    audit, go_on = tmp_path / "audit", tmp_path / "go-on"
+    cluster = make_cluster(slots=1, workers=1)
+
+    def work(x: int) -> int:
+        write(audit, x)
+        while x == 0 and not go_on.exists():
+            time.sleep(0.02)
+        return x
+
+    with cluster.queue() as queue:
+        job = queue.map(work, range(4), chunksize=4)
+        wait_until(lambda: lines(audit))
+        assert job[2].cancel()
+        # Once its node has heard of it.
+        time.sleep(1.5)
+        go_on.touch()
+        assert job.results(LIMIT, errors="skip") == [0, 1, 3]
+        assert sorted(lines(audit)) == ["0", "1", "3"]
+
+
 def test_future_of_a_submit_can_be_cancelled(cluster: LocalCluster, tmp_path: Path) -> None:
     audit = tmp_path / "audit"
     queue = cluster.queue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -198,6 +199,38 @@ def _run(script: str, config: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(file)], env=environment, capture_output=True, text=True, timeout=60, check=False
     )
+
+
+def test_node_that_is_asked_twice_to_stop_ends_at_once(make_cluster: MakeCluster, tmp_path: Path) -> None:
+    began = tmp_path / "began"
+
+    def forever(_: int) -> None:
+        began.touch()
+        while True:
+            with contextlib.suppress(BaseException):
+                time.sleep(60)
+
+    cluster = make_cluster(slots=1, workers=1)
+    queue = cluster.queue()
+    job = queue.map(forever, [0])
+    wait_until(began.exists)
+    node = psutil.Process(cluster.workers[0].pid)
+    os.kill(node.pid, signal.SIGTERM)
+    time.sleep(0.2)
+    assert node.is_running(), "its task has some seconds to end"
+    asked = time.monotonic()
+    os.kill(node.pid, signal.SIGTERM)
+    wait_until(lambda: not node.is_running() or node.status() == psutil.STATUS_ZOMBIE)
+    assert time.monotonic() - asked < 4, "less than its grace"
+    job.cancel()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's own")
+def test_slots_are_ended_before_nodes_where_memory_runs_out(cluster: LocalCluster) -> None:
+    def score(pid: int | str) -> int:
+        return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+    assert cluster.queue().submit(score, "self").result(30) > score(cluster.workers[0].pid)
 
 
 def test_node_that_is_asked_to_stop_ends_its_task_and_hands_back_the_rest(

@@ -16,6 +16,7 @@ from stacks import MakeCluster
 from waiting import wait_until
 
 from yadtq_nb import JobState, LocalCluster, TaskCrashedError, TaskTimeoutError
+from yadtq_nb.model import Policy
 
 # Functions of the tests travel by value, as those of a notebook do.
 __import__("cloudpickle").register_pickle_by_value(sys.modules[__name__])
@@ -110,6 +111,26 @@ def test_errors_of_other_types_are_not_tried_again(cluster: LocalCluster, tmp_pa
     job = cluster.queue().map(fails, range(2), retries=2, backoff=0.01, retry_on=(FlakyError, OSError))
     assert [type(error) for error in job.results(LIMIT, errors="return")] == [FlakyError, KeyError]
     assert wrote(audit) == Counter({"0": 3, "1": 1})
+
+
+def test_waits_double_up_to_the_longest_and_are_left_to_chance_by_half() -> None:
+    policy = Policy(retries=9, backoff=2.0, max_delay=10.0)
+    for tries, whole in enumerate((2.0, 4.0, 8.0, 10.0, 10.0)):
+        waits = [policy.delay(tries) for _ in range(500)]
+        assert whole / 2 <= min(waits) < 0.6 * whole
+        assert 0.9 * whole < max(waits) <= whole
+
+
+def test_longest_wait_is_kept(cluster: LocalCluster, tmp_path: Path) -> None:
+    audit = tmp_path / "audit"
+
+    def flaky(x: int) -> int:
+        if note(audit, x) < 4:
+            raise FlakyError
+        return x
+
+    job = cluster.queue().map(flaky, [1], retries=3, backoff=3_600, max_delay=0.1)
+    assert job.results(LIMIT) == [1]
 
 
 def test_no_slot_waits_for_a_retry_and_the_others_go_on(make_cluster: MakeCluster, tmp_path: Path) -> None:
