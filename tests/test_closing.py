@@ -18,6 +18,7 @@ from stacks import MakeCluster
 from waiting import wait_until
 
 from yadtq_nb import JobError, JobState, LocalCluster, LocalStackError, Queue, QueueClosedError, SignatureError
+from yadtq_nb.backlog.connection import let_go
 from yadtq_nb.client.link import Link
 from yadtq_nb.local.home import Home
 from yadtq_nb.local.stack import Stack
@@ -195,3 +196,19 @@ def test_directories_of_nodes_that_were_killed_are_removed_and_those_of_others_a
     assert set(tmp_path.iterdir()) == {alive.path, young, strange}
     alive.remove()
     assert not alive.path.exists()
+
+
+def test_client_of_kafka_that_does_not_end_holds_up_nobody() -> None:
+    # As librdkafka 2.16 does now and then when its broker goes away at the same time.
+    released, ended = threading.Event(), threading.Event()
+
+    def end(_: object) -> None:
+        released.wait()
+        ended.set()
+
+    held = [object()]
+    let_go(held, end, wait=0.05)
+    assert not ended.is_set()
+    assert not held, "nobody else is left with it"
+    released.set()
+    assert ended.wait(10)
