@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/ready
 KAFKA := .cache/kafka/ready
 # Most of the tests' time is waiting. Each process has servers of its own.
-PROCESSES ?= 2
+PROCESSES ?= 3
 
 # Types and lint of the card's script, where npm is there.
 SCRIPTS := $(if $(shell command -v npm),check-card)

@@ -104,6 +104,7 @@ def test_nested_jobs_come_before_a_long_line_of_their_parents(make_cluster: Make
     assert max(slots for _, slots in results) <= 5, "lent slots run what is waited for, and not more and more parents"
 
 
+@pytest.mark.one_stack
 def test_endless_nesting_ends_with_an_error_that_says_so(narrow: LocalCluster) -> None:
     queue = narrow.queue()
 
