@@ -70,10 +70,13 @@ class Child:
             rest = wire.begin(self.sock, order, record)
         except OSError:
             rest = []  # the slot has died, as poll will tell
-        if rest:
-            threading.Thread(target=self._write, args=[rest], name="yadtq-order", daemon=True).start()
-        else:
+        if not rest:
             self.sending.release()
+            return
+        try:
+            threading.Thread(target=self._write, args=[rest], name="yadtq-order", daemon=True).start()
+        except RuntimeError:  # this machine has no room for another thread
+            self._write(rest)
 
     def _write(self, rest: list[memoryview]) -> None:
         try:
