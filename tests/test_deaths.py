@@ -17,7 +17,7 @@ import pytest
 from stacks import MakeCluster
 from waiting import is_running, runs, runs_in_slots, traced, wait_until
 
-from yadtq_nb import LocalCluster, TaskCrashedError
+from yadtq_nb import JobState, LocalCluster, TaskCrashedError
 
 SRC = Path(__file__).parents[1]
 
@@ -170,6 +170,44 @@ def test_client_that_is_killed_right_after_map_loses_nothing_that_it_had_sent(
     done = _run(script, config)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert cluster.queue().job("orphan").results(timeout=30) == list(range(100))
+
+
+@pytest.mark.parametrize("act", ["extend(range(100, 50_000))", "retry(abs)"])
+def test_client_that_is_killed_while_it_sends_more_of_a_job_leaves_one_that_can_be_cancelled_and_repaired(
+    cluster: LocalCluster, tmp_path: Path, act: str
+) -> None:
+    config = tmp_path / "config.json"
+    _write_config(config, cluster)
+    script = f"""
+        import os
+        from yadtq_nb import Queue
+        from yadtq_nb.backlog.publish import Publisher
+        def odd(x):
+            if x % 2:
+                raise ValueError(x)
+            return x
+        job = Queue({cluster.queue().name!r}).map(odd, range(100), name="orphan", chunksize=1)
+        job.results(30, errors="skip")
+        sent = []
+        def send_some(self, *record, send=Publisher.send_chunk, **more):
+            send(self, *record, **more)
+            sent.append(record)
+            if len(sent) == 5:
+                self.flush(10)
+                os.kill(os.getpid(), 9)
+        Publisher.send_chunk = send_some
+        job.{act}
+        job.results(30)
+    """
+    done = _run(script, config)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    with cluster.queue() as queue:
+        job = queue.job("orphan")
+        wait_until(lambda: queue.job("orphan").state is JobState.INCOMPLETE, "nobody sends it any more")
+        job = queue.job("orphan")
+        job.cancel()
+        assert job.retry(abs) > 0
+        assert job.results(30, errors="skip")[:100] == list(range(100))
 
 
 @pytest.mark.parametrize("count", [1, 2])

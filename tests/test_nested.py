@@ -89,6 +89,23 @@ def test_slot_is_lent_whichever_way_a_task_waits(narrow: LocalCluster, way: str)
     assert queue.map(awaited if way == "awaited" else outer, [7, 8]).results(LIMIT) == [7, 8]
 
 
+def test_generator_that_a_task_keeps_half_way_does_not_keep_its_slot_from_being_lent_again(
+    narrow: LocalCluster,
+) -> None:
+    queue = narrow.queue()
+
+    def keep(_: int) -> int:
+        kept = futures.as_completed(list(queue.map(abs, range(5))))
+        sys.kept = kept  # type: ignore[attr-defined]  # lives on in the slot's process
+        return next(kept).result() and 0
+
+    def nested(_: int) -> int:
+        return sum(queue.map(abs, range(5)).results())
+
+    for task, value in ((keep, 0), (nested, 10), (nested, 10)):
+        assert queue.submit(task, 0).result(LIMIT) == value
+
+
 def test_nested_jobs_come_before_a_long_line_of_their_parents(make_cluster: MakeCluster) -> None:
     cluster = make_cluster(slots=2, workers=1, settings={"watermark_chunks": 10})
     queue = cluster.queue()

@@ -12,6 +12,7 @@ from typing import Final
 
 _lock = threading.Lock()
 _waiting = 0
+_chunk = 0
 _lend: Callable[[bool], None] | None = None
 
 #: How deep the job of the task that runs here is nested.
@@ -38,32 +39,45 @@ def waiting() -> Iterator[None]:
     Raises:
         RecursionError: jobs that wait for jobs are nested too deep.
     """
-    begin()
+    chunk = begin()
     try:
         yield
     finally:
-        end()
+        end(chunk)
 
 
-def begin() -> None:
-    """Lend this process's slot, if it is one, until end is called as often.
+def begin() -> int:
+    """Lend this process's slot, if it is one, until end is called as often with what this returns.
 
     Raises:
         RecursionError: jobs that wait for jobs are nested too deep.
     """
     if _lend is not None and depth >= MOST:
         raise RecursionError(f"tasks wait for jobs of their own, {depth} levels deep: is there an end to it?")
-    _count(1)
+    with _lock:
+        _count(1)
+        return _chunk
 
 
-def end() -> None:
+def end(chunk: int) -> None:
     """Have the slot back, once for each begin."""
-    _count(-1)
+    with _lock:
+        if chunk == _chunk:  # else what has waited there has gone with its chunk
+            _count(-1)
+
+
+def forget() -> None:
+    """Begin another chunk: what an earlier one has left waiting, such as a generator that it keeps, is of no account.
+
+    Whoever the slot is lent to counts it as free by then.
+    """
+    global _chunk, _waiting
+    with _lock:
+        _chunk, _waiting = _chunk + 1, 0
 
 
 def _count(step: int) -> None:
     global _waiting
-    with _lock:
-        before, _waiting = _waiting, _waiting + step
-        if _lend is not None and bool(before) != bool(_waiting):
-            _lend(bool(_waiting))
+    before, _waiting = _waiting, _waiting + step
+    if _lend is not None and bool(before) != bool(_waiting):
+        _lend(bool(_waiting))

@@ -55,13 +55,17 @@ class _Owner(Protocol):
 class _Waiters(list[Any]):
     """Who waits by concurrent.futures.wait or as_completed, which note it here: the slot is lent meanwhile."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._lent: dict[int, int] = {}
+
     def append(self, waiter: Any) -> None:
-        lending.begin()
+        self._lent[id(waiter)] = lending.begin()
         super().append(waiter)
 
     def remove(self, waiter: Any) -> None:
         super().remove(waiter)
-        lending.end()
+        lending.end(self._lent.pop(id(waiter)))
 
 
 class TaskFuture(Future[Any]):

@@ -108,6 +108,7 @@ class Slot:
         else:
             del record
             lending.depth = head.depth
+            lending.forget()
             outcomes.retry_on(head.policy, types)
             self._reporter.begin(outcomes)
             try:
