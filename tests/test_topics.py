@@ -76,7 +76,7 @@ def test_records_of_what_was_finished_long_ago_are_deleted_and_no_others(
 ) -> None:
     if stack.name == "local":
         pytest.skip("the local broker's topics are made again instead")
-    cluster = make_cluster(slots=2, workers=1, settings={"keep": 2.0})
+    cluster = make_cluster(slots=2, workers=1, settings={"keep": 3.0})
     go_on = tmp_path / "go-on"
 
     def wait(_: int) -> int:

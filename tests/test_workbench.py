@@ -1236,7 +1236,7 @@ def test_cancelled_job_that_was_opened_again_stays_open_after_a_wipe(bench: Benc
     entries = [
         Manifest("job", "job", "fn", 1.0, 2),
         Cancel("job"),
-        Reopen("job", 1, 1, 2),
+        Reopen("job", 1, 1, 2, ended=True),
         Seal("job", 2, life=1),
     ]
     restore_jobs(bench.config, bench.queue, [journal.encode(bench.config.key, entry) for entry in entries])
@@ -1251,7 +1251,7 @@ def test_cancelled_job_that_was_opened_again_stays_open_after_a_wipe(bench: Benc
 
 
 def test_nobody_is_told_after_a_wipe_that_a_job_was_ended_which_was_opened_again(bench: Bench) -> None:
-    entries = [Manifest("job", "job", "fn", 1.0, 2, deadline=1.0), Cancel("job"), Reopen("job", 1, 1, 2)]
+    entries = [Manifest("job", "job", "fn", 1.0, 2, deadline=1.0), Cancel("job"), Reopen("job", 1, 1, 2, ended=True)]
     position = bench.store.news_position()
     restore_jobs(bench.config, bench.queue, [journal.encode(bench.config.key, entry) for entry in entries])
     bench.beat("a")
@@ -1263,8 +1263,9 @@ def test_nobody_is_told_after_a_wipe_that_a_job_was_ended_which_was_opened_again
     assert (record.cancel, record.ended) == ("", None)
 
 
-def test_deadline_to_come_of_a_job_that_was_extended_is_kept_after_a_wipe(bench: Bench) -> None:
-    entries = [Manifest("job", "job", "fn", 1.0, 2, deadline=bench.store.now() + 0.5), Reopen("job", 1, 0, 3)]
+@pytest.mark.parametrize("seconds", [-1.0, 0.5])
+def test_deadline_of_a_job_that_was_extended_while_it_ran_is_kept_after_a_wipe(bench: Bench, seconds: float) -> None:
+    entries = [Manifest("job", "job", "fn", 1.0, 2, deadline=bench.store.now() + seconds), Reopen("job", 1, 0, 3)]
     restore_jobs(bench.config, bench.queue, [journal.encode(bench.config.key, entry) for entry in entries])
 
     def is_over() -> bool:
@@ -1274,6 +1275,34 @@ def test_deadline_to_come_of_a_job_that_was_extended_is_kept_after_a_wipe(bench:
         return record is not None and record.cancel == "deadline"
 
     wait_until(is_over)
+
+
+def test_deadline_to_come_of_a_job_that_had_ended_and_was_extended_is_over_after_a_wipe(bench: Bench) -> None:
+    deadline = bench.store.now() + 0.1
+    entries = [
+        Manifest("job", "job", "fn", 1.0, 2, deadline=deadline),
+        Seal("job", 2),
+        Reopen("job", 1, 0, 3, ended=True),
+    ]
+    restore_jobs(bench.config, bench.queue, [journal.encode(bench.config.key, entry) for entry in entries])
+    wait_until(lambda: bench.store.now() > deadline)
+    bench.beat("a")
+    bench.node("a").reap()
+    record = bench.store.record("job")
+    assert record is not None
+    assert record.cancel == ""
+
+
+def test_job_whose_name_another_has_taken_after_a_wipe_is_known_to_be_sent_whole(bench: Bench) -> None:
+    old, new = Manifest("old", "sweep", "fn", 1.0, 2), Manifest("new", "sweep", "fn", 2.0, 2)
+    bench.store.create(new)  # right after the wipe, while the old one still ran
+    entries = [old, Seal("old", 2), new]
+    restore_jobs(bench.config, bench.queue, [journal.encode(bench.config.key, entry) for entry in entries])
+    (lease,) = bench.feed(bench.head(0, 2, job="old"), free=1)
+    bench.finish("a", lease, b"SS")
+    record = bench.store.record("old")
+    assert record is not None
+    assert record.ended is not None
 
 
 def test_name_belongs_to_the_last_job_that_had_it_after_a_wipe(bench: Bench) -> None:

@@ -228,6 +228,8 @@ class Reopen(msgspec.Struct, frozen=True):
     total: int
     #: Packed uint32 indices of the tasks that are sent again while chunks of earlier lives may still run.
     replaced: bytes = b""
+    #: True when the job had ended: its deadline went with that.
+    ended: bool = False
 
 
 class Cancel(msgspec.Struct, frozen=True):

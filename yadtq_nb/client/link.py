@@ -413,7 +413,7 @@ class Link:
                 seen = repair.known(self, job, name)
                 life = self._reopen_for(len(items), seen)
             total = seen.total + len(items)
-            self.mailer.send_safely(Reopen(job, life, 0, total))
+            self.mailer.send_safely(Reopen(job, life, 0, total, ended=seen.ended is not None))
             ends = patiently(lambda: self.store.ends(job), PATIENCE)
             self._start_sending(packet, items, board, total=total, first=seen.total, life=life, ends=ends)
         finally:

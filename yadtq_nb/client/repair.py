@@ -102,7 +102,7 @@ def retry(link: Link, job: str, name: str, fixed: Packet | None) -> int:
             if life:
                 replaced = b"" if ended else array("I", again.wanted).tobytes()
                 # Before its chunks: a workbench that is emptied must not run what they replace.
-                link.mailer.send_safely(Reopen(job, life, life if ended else 0, seen.total, replaced))
+                link.mailer.send_safely(Reopen(job, life, life if ended else 0, seen.total, replaced, ended))
                 return _send(link, seen, life, places, fixed)
         finally:
             link.inbox.sent(job)

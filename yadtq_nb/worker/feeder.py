@@ -276,8 +276,8 @@ class Feeder:
             return
         self._trim_at = now + max(1.0, min(_TRIM, self._config.keep / _TRIMS))
         try:
-            # As long as their jobs are kept: after a wipe, job.retry() finds there what is to be run again.
-            self._topics.trim(self._topic, self._finished, time.time() - self._config.keep)
+            # As long as a job is kept that has not ended: after a wipe, job.retry() finds its inputs there.
+            self._topics.trim(self._topic, self._finished, time.time() - 4 * self._config.keep)
         except BacklogError as exc:
             log.warning("what was finished long ago is not deleted from %s: %s", self._topic.name, exc)
 

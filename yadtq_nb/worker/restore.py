@@ -39,34 +39,29 @@ def restore_jobs(config: Config, queue: str, entries: Iterable[tuple[str, bytes 
                     store.put_blob(entry.name, entry.data)
                 else:
                     found.append(entry)
-        for holding in _that_hold(found, store.now()):
+        for holding in _that_hold(found):
             _restore(store, holding)
     finally:
         store.close()
 
 
-def _that_hold(entries: list[_OfJob], now: float) -> list[_OfJob]:
-    """Leave out what has been overtaken, in the order in which it was said.
+def _that_hold(entries: list[_OfJob]) -> list[_OfJob]:
+    """Leave out what has been overtaken, and put the rest in an order in which it can be said again.
 
-    A job that was opened again is cancelled no more, nor ended by the deadline that it had before: told of that first,
-    whoever waits for it would give up. A job whose name another one has by now was deleted, or has expired.
+    A job that was opened again after its end is cancelled no more, and has no deadline: told of these first, whoever
+    waits for it would give up. A name belongs to the last job that has claimed it.
     """
-    names = {entry.name: entry.id for entry in entries if isinstance(entry, journal.Manifest)}
-    floors: dict[str, int] = {}
-    gone = {e.id for e in entries if isinstance(e, journal.Manifest) and names[e.name] != e.id}
-    holding: list[_OfJob] = []
+    again: set[str] = set()
+    manifests, others = list[_OfJob](), list[_OfJob]()
     for entry in reversed(entries):
-        deleted = isinstance(entry, journal.Cancel) and entry.reason == "deleted"
-        if not deleted and entry.id in gone:
+        if isinstance(entry, journal.Manifest):
+            manifests.append(msgspec.structs.replace(entry, deadline=0.0) if entry.id in again else entry)
             continue
-        if isinstance(entry, journal.Reopen):
-            floors[entry.id] = max(entry.floor, floors.get(entry.id, 0))
-        elif isinstance(entry, journal.Cancel) and not deleted and entry.id in floors:
-            continue
-        elif isinstance(entry, journal.Manifest) and entry.id in floors and (floors[entry.id] or entry.deadline <= now):
-            entry = msgspec.structs.replace(entry, deadline=0.0)
-        holding.append(entry)
-    return holding[::-1]
+        if isinstance(entry, journal.Reopen) and (entry.ended or entry.floor):
+            again.add(entry.id)
+        if not (isinstance(entry, journal.Cancel) and entry.reason != "deleted" and entry.id in again):
+            others.append(entry)
+    return manifests + others[::-1]
 
 
 def find_blob(config: Config, entries: Iterable[tuple[str, bytes | None]], name: str) -> bytes | None:
