@@ -259,7 +259,7 @@ class SlotPool:
                 return
             slot.lease, slot.environment, slot.used = lease, slot.environment or head.environment, time.monotonic()
             slot.progress[0], slot.progress[1] = NO_OFFSET, GO_ON
-            slot.seen, slot.timed_out = None, None
+            slot.seen, slot.seen_at, slot.timed_out = None, slot.used, None
             slot.describes = describe
             slot.kill_at = None if describe is None else time.monotonic() + _DESCRIBING
             slot.tasks += head.count - len(order.skip)
@@ -608,7 +608,7 @@ class SlotPool:
                 if not limit or (begun and slot.lease and slot.lease.head.concurrent and not slot.reads()):
                     continue
                 self._look = min(self._look, max(_LEAST_LOOK, limit / 20))
-                late = now - slot.seen_at >= limit if begun else now - slot.used >= limit + _OPENING
+                late = now - slot.seen_at >= (limit if begun else limit + _OPENING)
                 if late and not slot.doomed and slot.pid:
                     slot.timed_out, slot.doomed = slot.seen, True
                     processes.kill(slot.pid, group=True)
