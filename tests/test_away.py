@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import redis
 
-from yadtq_nb import LocalCluster
+from yadtq_nb import LocalCluster, WorkbenchError
 from yadtq_nb.model import Lane
 
 
@@ -69,3 +69,14 @@ def test_what_is_sent_first_waits_for_a_store_that_is_away_for_a_moment(lane: La
         back.start()
         assert link.publisher(lane).topic.partitions > 0
         back.join()
+
+
+def test_results_of_a_job_that_has_ended_are_there_once_the_store_is_back() -> None:
+    with LocalCluster(slots=1) as cluster, cluster.queue() as queue:
+        job = queue.map(abs, range(10))
+        assert job.wait(30)  # counted, and not fetched yet
+        cluster.kill_store()
+        with pytest.raises(WorkbenchError):
+            job.results(30)
+        cluster.restart_store()
+        assert job.results(30) == list(range(10))

@@ -424,8 +424,10 @@ class Job(Sequence[Future[Any]]):
     def want(self) -> None:
         """Have outcomes fetched as they come, and not just counted."""
         self._check_process()
-        if not self._board.wanted:
-            self._link.inbox.want(self._board)
+        board = self._board
+        # Once a job has ended, nobody else fetches what Redis would not give when it was asked for.
+        if not board.wanted or (board.ended and board.told):
+            self._link.inbox.want(board)
 
     def _check_process(self) -> None:
         """Refuse in a forked child: no thread of it hears the news, so that it would wait for ever."""
