@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from test_wipe import wipe
 from waiting import wait_until
 
 from yadtq_nb import JobError, LocalCluster, Queue
-from yadtq_nb.model import JobState
+from yadtq_nb.client.inbox import PATIENCE
+from yadtq_nb.client.sender import Mailer
+from yadtq_nb.model import JobState, Reopen, Seal
 
 __import__("cloudpickle").register_pickle_by_value(sys.modules[__name__])
 
@@ -284,6 +287,23 @@ def test_nothing_is_lost_or_doubled_when_a_node_dies_in_a_repair(make_cluster: M
     cluster.workers[0].kill()
     assert job.results(LIMIT) == list(range(100))
     assert job.progress.succeeded == 100
+
+
+def test_store_that_is_away_for_longer_than_a_call_waits_does_not_end_a_repair(monkeypatch: pytest.MonkeyPatch) -> None:
+    with LocalCluster(slots=1) as cluster, cluster.queue() as queue:
+        job = queue.map(odd_fails, range(20), chunksize=1)
+        job.wait(LIMIT)
+        mailer = queue._link().mailer
+
+        def send(entry: Reopen | Seal) -> None:
+            Mailer.send_safely(mailer, entry)
+            if isinstance(entry, Reopen):
+                cluster.kill_store()
+                threading.Timer(PATIENCE + 2, cluster.restart_store).start()
+
+        monkeypatch.setattr(mailer, "send_safely", send)
+        assert job.retry(abs) == 10
+        assert job.results(LIMIT) == list(range(20))
 
 
 @pytest.mark.parametrize("while_it_runs", [False, True])

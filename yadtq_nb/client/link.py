@@ -414,7 +414,7 @@ class Link:
                 life = self._reopen_for(len(items), seen)
             total = seen.total + len(items)
             self.mailer.send_safely(Reopen(job, life, 0, total, ended=seen.ended is not None))
-            ends = patiently(lambda: self.store.ends(job), PATIENCE)
+            ends = patiently(lambda: self.store.ends(job), repair.ONCE_OPEN)
             self._start_sending(packet, items, board, total=total, first=seen.total, life=life, ends=ends)
         finally:
             self.inbox.sent(job)

@@ -6,6 +6,7 @@ outcomes ─▶ which tasks ─▶ which records hold them ─▶ another life o
 from __future__ import annotations
 
 import contextlib
+import functools
 from array import array
 from collections.abc import Iterator
 from typing import Final, Protocol
@@ -24,6 +25,10 @@ from yadtq_nb.model import LIFE, ChunkHead, Lane, Reopen, Seal
 from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobRecord, JobStore
 
+#: Seconds for which Redis is waited for once a job is open again: given up then, the job would be incomplete.
+ONCE_OPEN: Final = 60.0
+#: Records that are fetched at a time.
+_AT_A_TIME: Final = 20
 #: Times to look again when the job has changed while it was looked at.
 _LOOKS: Final = 5
 
@@ -185,8 +190,10 @@ def _send(link: Link, seen: JobRecord, life: int, places: _Places, fixed: Packet
     number, sent = life * LIFE, 0
     for record, done in _records(link, seen, places):
         head, function, arguments = codec.decode_chunk(link.key, record)
-        if head.by_reference and not link.store.copy_arguments(seen.id, head.number, number):
-            continue  # they stay lost
+        if head.by_reference:
+            copy = functools.partial(link.store.copy_arguments, seen.id, head.number, number)
+            if not patiently(copy, ONCE_OPEN):
+                continue  # they stay lost
         head = msgspec.structs.replace(head, number=number, total=-1, done=done if b"1" in done else b"")
         if fixed is not None:
             head, function = _with(head, fixed), memoryview(b"" if fixed.by_blob else fixed.function)
@@ -194,15 +201,19 @@ def _send(link: Link, seen: JobRecord, life: int, places: _Places, fixed: Packet
         link.mailer.ring()
         number, sent = number + 1, sent + done.count(b"0")
     link.mailer.settle(seen.lane, receipts)
-    link.mailer.seal(Seal(seen.id, seen.total, link.store.ends(seen.id) | receipts.ends, life), PATIENCE)
+    ends = patiently(lambda: link.store.ends(seen.id), ONCE_OPEN)
+    link.mailer.seal(Seal(seen.id, seen.total, ends | receipts.ends, life), ONCE_OPEN)
     return sent
 
 
 def _records(link: Link, seen: JobRecord, places: _Places) -> Iterator[tuple[bytes, bytes]]:
-    for record in link.store.inputs(seen.id, places.kept):
-        head = _head(link, seen, record)
-        if head is not None:
-            yield record, places.kept[head.number]
+    numbers = sorted(places.kept)
+    for start in range(0, len(numbers), _AT_A_TIME):
+        some = numbers[start : start + _AT_A_TIME]
+        for record in patiently(lambda some=some: list(link.store.inputs(seen.id, some)), ONCE_OPEN):  # type: ignore[misc]  # bound at once
+            head = _head(link, seen, record)
+            if head is not None:
+                yield record, places.kept[head.number]
     if places.logged:
         for head, record in _logged(link, seen):
             done = places.logged.pop(head.number, None)
