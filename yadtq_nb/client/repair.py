@@ -27,8 +27,6 @@ from yadtq_nb.workbench.jobs import JobRecord, JobStore
 
 #: Seconds for which Redis is waited for once a job is open again: given up then, the job would be incomplete.
 ONCE_OPEN: Final = 60.0
-#: Records that are fetched at a time.
-_AT_A_TIME: Final = 20
 #: Times to look again when the job has changed while it was looked at.
 _LOOKS: Final = 5
 
@@ -207,13 +205,10 @@ def _send(link: Link, seen: JobRecord, life: int, places: _Places, fixed: Packet
 
 
 def _records(link: Link, seen: JobRecord, places: _Places) -> Iterator[tuple[bytes, bytes]]:
-    numbers = sorted(places.kept)
-    for start in range(0, len(numbers), _AT_A_TIME):
-        some = numbers[start : start + _AT_A_TIME]
-        for record in patiently(lambda some=some: list(link.store.inputs(seen.id, some)), ONCE_OPEN):  # type: ignore[misc]  # bound at once
-            head = _head(link, seen, record)
-            if head is not None:
-                yield record, places.kept[head.number]
+    for record in link.store.inputs(seen.id, places.kept, patience=ONCE_OPEN):
+        head = _head(link, seen, record)
+        if head is not None:
+            yield record, places.kept[head.number]
     if places.logged:
         for head, record in _logged(link, seen):
             done = places.logged.pop(head.number, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import struct
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +16,7 @@ from yadtq_nb.config import Config
 from yadtq_nb.errors import JobNotFoundError, SignatureError, TooLargeError
 from yadtq_nb.model import CallStyle, Cancel, Lane, Manifest, Reopen, Seal, WorkerInfo, WorkerView, Written
 from yadtq_nb.workbench.bench import TOLD_FOR, Cursor
-from yadtq_nb.workbench.connection import ALWAYS_FITS, Connection
+from yadtq_nb.workbench.connection import ALWAYS_FITS, Connection, patiently
 
 #: Number, first index and count of a chunk, as feed notes them.
 _SPAN: Final = struct.Struct("<III")
@@ -520,16 +521,24 @@ class JobStore:
             left, part = [stored.field.partition(".")[0] for stored in more], part + 1
         return _facts(facts), found
 
-    def inputs(self, job: str, numbers: Iterable[int] | None = None) -> Iterator[bytes]:
-        """Yield the sealed records of a job's chunks, or of some of them, in order."""
+    def inputs(self, job: str, numbers: Iterable[int] | None = None, *, patience: float = 0.0) -> Iterator[bytes]:
+        """Yield the sealed records of a job's chunks, or of some of them, in order.
+
+        Args:
+            patience: seconds for which Redis is waited for, each time that it is away.
+        """
         if numbers is None:
             with self._redis.use() as client:
                 numbers = map(int, client.hkeys(self._key(job, "in")))
         numbers = sorted(numbers)
         for start in range(0, len(numbers), _PAGE):
-            with self._redis.use() as client:
-                records = client.hmget(self._key(job, "in"), numbers[start : start + _PAGE])
+            page = numbers[start : start + _PAGE]
+            records = patiently(functools.partial(self._inputs, job, page), patience)
             yield from (record for record in records if record is not None)
+
+    def _inputs(self, job: str, numbers: Sequence[int]) -> list[bytes | None]:
+        with self._redis.use() as client:
+            return list(client.hmget(self._key(job, "in"), numbers))
 
     def input(self, job: str, number: int) -> bytes | None:
         """Return the sealed record of one of a job's chunks, or None when it is not kept."""
