@@ -20,6 +20,8 @@ from yadtq_nb.client import inbox
 from yadtq_nb.errors import BacklogError
 from yadtq_nb.local.home import Home
 from yadtq_nb.local.stack import Stack
+from yadtq_nb.model import Seal
+from yadtq_nb.workbench.jobs import JobStore
 
 
 @pytest.fixture
@@ -143,6 +145,14 @@ def test_what_redis_lost_of_jobs_with_its_last_second_is_told_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inbox, "ROLLBACK", 60.0)  # the last second of a machine that is slow, so to say
+    monkeypatch.setattr(inbox, "_SENDING", 0.0)
+    seal, seen = JobStore.seal, list[bool]()
+
+    def looked_at(store: JobStore, entry: Seal) -> None:
+        record = store.record(entry.id)
+        seen.append(record is not None and inbox.is_incomplete(record))
+        seal(store, entry)
+
     gate = threading.Event()
 
     def items() -> Iterator[int]:
@@ -162,6 +172,7 @@ def test_what_redis_lost_of_jobs_with_its_last_second_is_told_again(
         stopped.cancel()
         new = queue.starmap(slow, [(n, 0.0) for n in range(4)], name="new")
         assert new.results(30) == list(range(4))
+        monkeypatch.setattr(JobStore, "seal", looked_at)
         cluster.kill_store()
         shutil.rmtree(store)
         shutil.copytree(before, store)
@@ -169,10 +180,13 @@ def test_what_redis_lost_of_jobs_with_its_last_second_is_told_again(
         with cluster.queue() as other:
             assert other.job(drawn.id).results(30) == list(range(4))
             wait_until(lambda: other.job(stopped.id).state == "cancelled")
+            wait_until(lambda: "new" in set(other.jobs().index), "it is told a moment after the others")
             assert other.job("new").results(30) == list(range(4))
             record = other._link().store.record(new.id)
             assert record is not None
             assert record.parameters == ("x", "seconds")
+        assert seen
+        assert not any(seen), "nobody takes a job that is told again for one whose client has died"
 
 
 def test_what_lies_in_the_next_life_of_the_topic_is_not_taken_for_what_was_fed_in_the_last() -> None:

@@ -139,8 +139,10 @@ class Inbox:
 
     def _tell_again(self) -> None:
         with self._lock:
-            told = [again for at, _, again in self._told if at >= self._contact - ROLLBACK]
-        for again in told:
+            told = [(job, again) for at, job, again in self._told if at >= self._contact - ROLLBACK]
+        # Between a job's manifest and its seal nobody is to take it for one whose client has died.
+        self._store.say_sending(*{job for job, _ in told})
+        for _, again in told:
             again(self._store)
 
     def close(self, why: str) -> None:
