@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from confluent_kafka import Producer
 from waiting import wait_until
 
 from yadtq_nb import LocalCluster, Queue
 from yadtq_nb.backlog import publish
 from yadtq_nb.backlog.connection import Topic, Topics
+from yadtq_nb.backlog.reader import Reader
 from yadtq_nb.client import inbox
 from yadtq_nb.errors import BacklogError
 from yadtq_nb.local.home import Home
@@ -187,6 +189,44 @@ def test_what_redis_lost_of_jobs_with_its_last_second_is_told_again(
             assert record.parameters == ("x", "seconds")
         assert seen
         assert not any(seen), "nobody takes a job that is told again for one whose client has died"
+
+
+def test_what_is_sent_to_a_deleted_topic_does_not_get_in_the_way_of_the_next_one() -> None:
+    """Tansu takes records for a topic that is not there, and gives them to the next one of that name."""
+    with LocalCluster(slots=1, workers=0) as cluster:
+        topics = Topics(cluster.config, "another")
+        first = topics.ensure()
+        producer = Producer({"bootstrap.servers": cluster.config.kafka, "linger.ms": 50})
+        producer.produce(first.name, b"first", partition=0)
+        assert producer.flush(30) == 0
+        topics.delete()
+        for number in range(20):  # in one batch
+            producer.produce(first.name, b"late %d" % number, partition=0)
+        assert producer.flush(30) == 0
+        second = topics.ensure()
+        sent = [b"second %d" % number for number in range(20)]
+        for record in sent:
+            producer.produce(second.name, record, partition=0)
+            assert producer.flush(30) == 0
+        reader, read = Reader(cluster.config, "another", second), list[tuple[int, bytes | None]]()
+        reader.assign({0: 0})
+        wait_until(lambda: read.extend((r.offset, r.value) for r in reader.poll(0.5, 100)) or len(read) >= len(sent))
+        reader.close()
+        topics.close()
+        assert read == list(enumerate(sent))
+
+
+def test_of_topics_that_were_made_at_once_all_use_the_same() -> None:
+    with LocalCluster(slots=1, workers=0) as cluster:
+        topics = Topics(cluster.config, "another")
+        first = topics.ensure()
+        topics._create(topics._new_name())  # as another would who has not found one just before
+        other = Topics(cluster.config, "another")
+        assert other.ensure() == topics.ensure() == first
+        topics.delete()
+        assert other._describe() == (None, False), "and none comes back when it is deleted"
+        topics.close()
+        other.close()
 
 
 def test_what_lies_in_the_next_life_of_the_topic_is_not_taken_for_what_was_fed_in_the_last() -> None:

@@ -23,7 +23,7 @@ from offsets import committed
 from waiting import runs, traced, wait_until
 
 from yadtq_nb import BacklogError, Job, JobState, LocalCluster, Queue, WorkbenchFullError
-from yadtq_nb.backlog.connection import Topics, tasks_topic
+from yadtq_nb.backlog.connection import Topics
 from yadtq_nb.backlog.reader import replay_jobs
 from yadtq_nb.local.home import Home
 from yadtq_nb.local.stack import Stack
@@ -258,7 +258,7 @@ def test_tasks_topic_that_is_deleted_is_made_again_and_filled_again(
         if node == "is-away":
             cluster.workers[0].stop()
         admin = AdminClient({"bootstrap.servers": servers.config.kafka})
-        topic = tasks_topic(queue.name, "normal")
+        topic = Topics(servers.config, queue.name).ensure().name
         admin.delete_topics([topic])[topic].result(20)
         if node == "is-away":
             cluster.workers[0].start()

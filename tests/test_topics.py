@@ -156,6 +156,9 @@ def test_topic_beside_the_tasks_that_is_deleted_is_made_again(apache: LocalClust
 
 def test_client_that_has_heard_of_no_controller_is_replaced(stack: stacks.Servers, queue_name: str) -> None:
     class Deaf:
+        def list_topics(self, timeout: float) -> None:
+            raise KafkaException(KafkaError(KafkaError._TIMED_OUT, "waiting for controller"))
+
         def describe_topics(self, topics: TopicCollection, **_: float) -> dict[str, Future[None]]:
             futures: dict[str, Future[None]] = {name: Future() for name in topics.topic_names}
             for future in futures.values():

@@ -186,7 +186,7 @@ def _records(queue: Queue) -> int:
     consumer = Consumer({"bootstrap.servers": queue._settings().kafka, "group.id": "counts"})
     try:
         total = 0
-        for topic in (f"yadtq.{queue.name}.tasks", f"yadtq.{queue.name}.jobs"):
+        for topic in (queue._link().publisher().topic.name, f"yadtq.{queue.name}.jobs"):
             for partition in consumer.list_topics(topic, timeout=10).topics[topic].partitions:
                 total += consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=10)[1]
         return total

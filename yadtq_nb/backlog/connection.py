@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -36,7 +38,10 @@ _REFUSALS: Final = (KafkaError._AUTHENTICATION, KafkaError._SSL)
 
 
 class Topic(msgspec.Struct, frozen=True):
-    """The tasks topic of a queue, in its present life: made again, it has another id and its offsets start at 0."""
+    """The tasks topic of a queue, in its present life: made again, it has another id and its offsets start at 0.
+
+    On a broker in memory it has another name, too: see Topics.
+    """
 
     name: str
     id: str
@@ -133,16 +138,24 @@ def dead_topic(queue: str) -> str:
 
 #: Seconds between looks for a topic that was just made.
 _LOOK_AGAIN: Final = 0.05
+#: What the name of a tasks topic ends in where each of its lives has another: when it was made, and a random number.
+_LIFE: Final = re.compile(r"-[0-9a-f]{24}$")
 
 
 class Topics:
-    """The topics of one lane of a queue, looked at and made where they are missing."""
+    """The topics of one lane of a queue, looked at and made where they are missing.
+
+    Tansu 0.6 takes records for a topic that was deleted, and they get in the way of the next topic of that name: its
+    records lie one over another, and some are lost. So each life of a tasks topic has a name of its own there, the
+    lane's with a suffix; where two were made at once, the first by name holds.
+    """
 
     def __init__(self, config: Config, queue: str, lane: Lane = "normal") -> None:
         self._config = config
         self._queue = queue
         self._lane = lane
         self._tasks = tasks_topic(queue, lane)
+        self._renames = config.reading == "wake"
         #: The queue's other lanes, as far as they were there at the last look; only the normal lane looks for them.
         self.others: frozenset[Lane] = frozenset()
         #: What went wrong last on the way to the broker: the library itself says no more than that it took too long.
@@ -177,7 +190,7 @@ class Topics:
     def _found_or_made(self) -> Topic | None:
         found, whole = self._describe()
         if found is None or not whole:
-            self._create()
+            self._create(found.name if found is not None else self._new_name())
             # A broker tells of a new topic a moment after it has made it.
             deadline = time.monotonic() + TIMEOUT
             while (found is None or not whole) and time.monotonic() < deadline:
@@ -227,8 +240,9 @@ class Topics:
         Raises:
             BacklogError: Kafka cannot be reached or refuses.
         """
-        names = [self._tasks, events_topic(self._queue)] if self._lane == "normal" else [self._tasks]
         with translate_kafka_errors(self._config):
+            names = self._lives([self._lane])[self._lane]
+            names += [events_topic(self._queue)] if self._lane == "normal" else []
             for future in self._admin.delete_topics(names, request_timeout=TIMEOUT).values():
                 self._wait(future)
 
@@ -265,13 +279,24 @@ class Topics:
         """Return the tasks topic, and whether those beside it are there, too: all that may be gone is made again."""
         lanes = LANES if self._lane == "normal" else (self._lane,)
         beside = [topic(self._queue) for topic in (jobs_topic, events_topic, dead_topic)]
-        names = [*beside, *(tasks_topic(self._queue, lane) for lane in lanes)]
+        names = [*beside, *(lives[0] for lives in self._lives(lanes).values())]
         futures = self._admin.describe_topics(TopicCollection(names), request_timeout=TIMEOUT)
         described = [self._described(futures[name]) for name in names]
         tasks = described[len(beside) :]
         found = {lane: topic for lane, topic in zip(lanes, tasks, strict=True) if topic is not None}
         self.others = frozenset(found) - {self._lane}
         return found.get(self._lane), None not in described[: len(beside)]
+
+    def _lives(self, lanes: Iterable[Lane]) -> dict[Lane, list[str]]:
+        """Return what the tasks topics of these lanes are called, or would be: the first of each holds."""
+        names = {lane: tasks_topic(self._queue, lane) for lane in lanes}
+        if not self._renames:
+            return {lane: [name] for lane, name in names.items()}
+        there = sorted(self._admin.list_topics(timeout=TIMEOUT).topics)
+        return {
+            lane: [found for found in there if _LIFE.sub("", found) == name != found] or [name]
+            for lane, name in names.items()
+        }
 
     def _described(self, future: Future[Any]) -> Topic | None:
         try:
@@ -282,14 +307,17 @@ class Topics:
             raise
         return Topic(found.name, str(found.topic_id), len(found.partitions)) if found.partitions else None
 
-    def _create(self) -> None:
+    def _new_name(self) -> str:
+        return f"{self._tasks}-{time.time_ns():016x}{secrets.token_hex(4)}" if self._renames else self._tasks
+
+    def _create(self, tasks: str) -> None:
         replication = self._config.replication or -1
         # What waits must never vanish by age; only what happened may.
         kept = {"retention.ms": "-1", "retention.bytes": "-1"}
         # What is said of a job is of use as long as the workbench keeps the job, if it never ends.
         last = {"cleanup.policy": "compact,delete", "retention.ms": str(int(4000 * self._config.keep))}
         topics = [
-            NewTopic(self._tasks, self._config.partitions, replication, config=kept),
+            NewTopic(tasks, self._config.partitions, replication, config=kept),
             NewTopic(jobs_topic(self._queue), 1, replication, config=last),
             NewTopic(events_topic(self._queue), 1, replication),
             NewTopic(dead_topic(self._queue), 1, replication, config={"retention.bytes": _DEAD_BYTES}),
