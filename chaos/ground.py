@@ -32,6 +32,8 @@ _LOAD: Final = Path(__file__).with_name("load.py")
 _STORE_PASSWORD: Final = "password"
 #: Tasks that are killed by our faults again and again must not count as poison.
 _SETTINGS: Final = {"max_crashes": 8}
+#: Seconds for which a node may be starting: it needs its servers, which are killed, too.
+_UP: Final = 240.0
 
 
 class MissedError(Exception):
@@ -81,7 +83,7 @@ class Ground:
         self.audit = directory / "audit"
         self.audit.touch()
         make = KafkaCluster if stack == "kafka" else LocalCluster
-        self.cluster = make(slots, nodes, QUEUE, settings=_SETTINGS, timeout=90.0)
+        self.cluster = make(slots, nodes, QUEUE, settings=_SETTINGS, timeout=_UP)
         self.clients: list[Client] = []
         #: Set when all faults are to end.
         self.ending = threading.Event()

@@ -228,8 +228,16 @@ def urgent(rng: random.Random) -> list[Item]:
     return [(i, rng.uniform(0.0, 0.02), "", b"") for i in range(60)]
 
 
-# A server may be away for longer than what a task calls waits.
-@shape("below", chunksize=1, retries=50, backoff=0.2, max_delay=2.0, retry_on=(WorkbenchError, BacklogError))
+# A server may be away for longer than what a task calls waits. These run for minutes: our faults hit them many times.
+@shape(
+    "below",
+    chunksize=1,
+    retries=50,
+    backoff=0.2,
+    max_delay=2.0,
+    retry_on=(WorkbenchError, BacklogError),
+    max_crashes=50,
+)
 def below(_: random.Random) -> list[Item]:
     return [(i, 0.0, "", b"") for i in range(4)]
 
