@@ -192,9 +192,9 @@ class Page:
         """Return what finds a cell's output."""
         return self.page.locator(".jp-Notebook .jp-CodeCell").nth(number).locator(".jp-Cell-outputWrapper")
 
-    def eventually(self, seconds: float, ready: Callable[[], bool]) -> None:
+    def eventually(self, ready: Callable[[], bool]) -> None:
         """Wait until something is so."""
-        until = time.monotonic() + seconds
+        until = time.monotonic() + PATIENCE
         while not ready():
             assert time.monotonic() < until, self.page.inner_text("body")[-3000:]
             self.page.wait_for_timeout(50)
