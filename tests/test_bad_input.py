@@ -24,7 +24,6 @@ from waiting import wait_until
 
 from yadtq_nb import LocalCluster, Queue, ResultPickleError, TaskError, TooLargeError, codec
 from yadtq_nb.backlog import dead as notes
-from yadtq_nb.backlog.connection import Topics
 from yadtq_nb.model import ChunkHead, Environment, Segment, new_id
 
 # Functions and classes of the tests travel by value, as those of a notebook do.
@@ -83,8 +82,8 @@ def make_record(cluster: LocalCluster, items: list[Any] | None = None, *, secret
 
 def post(cluster: LocalCluster, *records: bytes | None, topic: str = "tasks", key: bytes | None = None) -> None:
     """Put records on a topic of the queue, as somebody else would."""
-    queue = queue_of(cluster).name
-    name = Topics(cluster.config, queue).ensure().name if topic == "tasks" else f"yadtq.{queue}.{topic}"
+    queue = queue_of(cluster)
+    name = queue._link().publisher().topic.name if topic == "tasks" else f"yadtq.{queue.name}.{topic}"
     producer = Producer({"bootstrap.servers": cluster.config.kafka, "message.max.bytes": 20 * MB, "linger.ms": 0})
     refused: list[Any] = []
     for record in records:
@@ -93,7 +92,7 @@ def post(cluster: LocalCluster, *records: bytes | None, topic: str = "tasks", ke
         )
     assert producer.flush(20) == 0
     assert not refused
-    Redis.from_url(cluster.config.redis).xadd(f"{{yadtq:{queue}}}:bell", {"k": "tasks"})
+    Redis.from_url(cluster.config.redis).xadd(f"{{yadtq:{queue.name}}}:bell", {"k": "tasks"})
 
 
 def wait_for_dead(cluster: LocalCluster, count: int) -> pd.DataFrame:

@@ -258,7 +258,7 @@ def test_tasks_topic_that_is_deleted_is_made_again_and_filled_again(
         if node == "is-away":
             cluster.workers[0].stop()
         admin = AdminClient({"bootstrap.servers": servers.config.kafka})
-        topic = Topics(servers.config, queue.name).ensure().name
+        topic = queue._link().publisher().topic.name
         admin.delete_topics([topic])[topic].result(20)
         if node == "is-away":
             cluster.workers[0].start()
