@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import socket
+import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -152,6 +157,46 @@ def test_topic_beside_the_tasks_that_is_deleted_is_made_again(apache: LocalClust
         wait_until(lambda: topic in admin.list_topics(timeout=LIMIT).topics)
         if which == "jobs":
             wait_until(lambda: f"seal/{job.id}" in {key for key, _ in replay_jobs(apache.config, queue.name)})
+
+
+def test_broker_that_goes_away_while_topics_are_made_for_a_first_map_is_waited_for(
+    stack: stacks.Servers, cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = Topics._create
+    tried = []
+
+    def unlucky(topics: Topics, tasks: str) -> None:
+        tried.append(tasks)
+        if len(tried) > 1:
+            create(topics, tasks)
+            return
+        os.kill(stack.broker.pid, signal.SIGSTOP)
+        cut = threading.Timer(0.3, _cut_connections, [int(stack.broker.address.rpartition(":")[2])])
+        cut.start()
+        try:
+            create(topics, tasks)
+        except KafkaException:
+            tried.append("and failed")
+            raise
+        finally:
+            cut.join()
+            os.kill(stack.broker.pid, signal.SIGCONT)
+
+    if not stack.processes:
+        pytest.skip("the broker is no process of ours")
+    monkeypatch.setattr(Topics, "_create", unlucky)
+    with cluster.queue() as queue:
+        # A lane that nobody has used yet.
+        assert queue.options(priority="low").map(abs, range(20)).results(LIMIT) == list(range(20))
+    assert tried[1] == "and failed"
+
+
+def _cut_connections(port: int) -> None:
+    """Cut this process's connections to a port, as a server does that is killed."""
+    for connection in psutil.Process().net_connections("tcp"):
+        if connection.raddr and connection.raddr.port == port:
+            with socket.socket(fileno=os.dup(connection.fd)) as cut, contextlib.suppress(OSError):
+                cut.shutdown(socket.SHUT_RDWR)
 
 
 def test_client_that_has_heard_of_no_controller_is_replaced(stack: stacks.Servers, queue_name: str) -> None:

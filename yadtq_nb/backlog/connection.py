@@ -79,6 +79,20 @@ def _remedy(error: object) -> str:
     return "check YADTQ_KAFKA (or kafka=) and the broker"
 
 
+def passes_by_itself(error: KafkaError) -> bool:
+    """Tell whether an error may be gone without anyone doing anything about it."""
+    return error.retriable() or error.code() in (
+        KafkaError._ALL_BROKERS_DOWN,
+        KafkaError._TRANSPORT,
+        KafkaError._RESOLVE,
+        KafkaError._PARTITION_EOF,
+        KafkaError._TIMED_OUT,
+        KafkaError.UNKNOWN_TOPIC_OR_PART,
+        KafkaError._UNKNOWN_TOPIC,
+        KafkaError._UNKNOWN_PARTITION,
+    )
+
+
 def settings(config: Config, **more: Any) -> dict[str, Any]:
     """Return librdkafka's settings: ours, then the user's."""
     # Through logging: librdkafka's own way, standard error, would write into whatever cell runs.
@@ -167,12 +181,28 @@ class Topics:
             # The futures of its calls fail once the client is collected: it is kept.
             self._admin = AdminClient(settings(self._config, error_cb=self._note_trouble))
 
-    def ensure(self) -> Topic:
+    def ensure(self, patience: float = 0.0) -> Topic:
         """Make what is missing, and return the tasks topic as it is.
+
+        Args:
+            patience: seconds for which it is tried again, should Kafka go away meanwhile.
 
         Raises:
             BacklogError: Kafka cannot be reached or refuses.
         """
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                return self._ensure()
+            except BacklogError as exc:
+                error = exc.__cause__.args[0] if isinstance(exc.__cause__, KafkaException) else None
+                passes = isinstance(error, KafkaError) and passes_by_itself(error)
+                if not passes or time.monotonic() > deadline:
+                    raise
+                _library_log.warning("waiting: %s", exc)
+                time.sleep(_LOOK)
+
+    def _ensure(self) -> Topic:
         try:
             with translate_kafka_errors(self._config):
                 found = self._found_or_made()

@@ -163,7 +163,7 @@ class Publisher:
         self._broken = threading.Event()
         self._closing = threading.Event()
         self._topics = Topics(config, queue, lane)
-        self._start(self._topics.ensure())
+        self._start(self._topics.ensure(TIMEOUT))
         self._thread = threading.Thread(target=self._hear, name=f"yadtq-publisher-{queue}", daemon=True)
         self._thread.start()
 

@@ -15,6 +15,7 @@ from yadtq_nb.backlog.connection import (
     Topics,
     jobs_topic,
     let_go,
+    passes_by_itself,
     reading,
     translate_kafka_errors,
 )
@@ -129,7 +130,7 @@ class Reader:
             self._reached[message.partition() or 0] = message.offset() or 0
         if error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):
             raise OffsetLostError(message.partition() or 0)
-        if error.fatal() or not _passes_by_itself(error):
+        if error.fatal() or not passes_by_itself(error):
             raise BacklogError(f"Kafka at {self._config.kafka} cannot be read: {error.str()}")
         return False
 
@@ -237,17 +238,3 @@ def replay_tasks(config: Config, queue: str, lane: Lane) -> Iterator[bytes]:
     finally:
         reader.close()
         topics.close()
-
-
-def _passes_by_itself(error: KafkaError) -> bool:
-    """Tell whether librdkafka goes on by itself after this error."""
-    return error.retriable() or error.code() in (
-        KafkaError._ALL_BROKERS_DOWN,
-        KafkaError._TRANSPORT,
-        KafkaError._RESOLVE,
-        KafkaError._PARTITION_EOF,
-        KafkaError._TIMED_OUT,
-        KafkaError.UNKNOWN_TOPIC_OR_PART,
-        KafkaError._UNKNOWN_TOPIC,
-        KafkaError._UNKNOWN_PARTITION,
-    )

@@ -17,7 +17,7 @@ from typing import Final
 import msgspec
 
 from yadtq_nb import codec
-from yadtq_nb.backlog.connection import Topic, Topics
+from yadtq_nb.backlog.connection import TIMEOUT, Topic, Topics
 from yadtq_nb.backlog.reader import OffsetLostError, Reader, Record
 from yadtq_nb.config import Config
 from yadtq_nb.errors import BacklogError, CodecError, FormatError, WorkbenchError
@@ -93,7 +93,7 @@ class Feeder:
         """
         self._config = config
         self._topics = Topics(config, queue, lane)
-        self._topic = topic = self._topics.ensure()
+        self._topic = topic = self._topics.ensure(TIMEOUT)
         self._look_at = 0.0
         self._bench = workbench
         self._queue = queue
