@@ -384,6 +384,16 @@ def test_idle_slot_that_has_kept_too_much_is_replaced_and_nobody_blamed(make_run
     assert run.outcomes(make_lease(lambda _: os.getpid(), [0], number=1)) != {0: pid}
 
 
+def test_slot_that_runs_another_task_by_the_time_it_is_stopped_is_left_alone(make_run: MakeRun) -> None:
+    run = make_run(memory_limit=LIMIT)
+    before, lease = make_lease(lambda x: x, [0]), make_lease(lambda x: time.sleep(0.3) or x, [1], number=1)
+    assert run.outcomes(before) == {0: 0}
+    run.start(lease)
+    (slot,) = run.pool._alive()
+    run.pool._stop_fat(slot, before, LIMIT + 1)
+    assert merge(run.ended(lease)) == {0: 1}
+
+
 def test_memory_error_of_python_is_an_ordinary_failure(make_run: MakeRun) -> None:
     run = make_run(memory_limit=LIMIT)
     outcomes = run.outcomes(make_lease(lambda x: len(bytearray(x)), [1, 2**62, 3]))

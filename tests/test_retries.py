@@ -113,6 +113,24 @@ def test_errors_of_other_types_are_not_tried_again(cluster: LocalCluster, tmp_pa
     assert wrote(audit) == Counter({"0": 3, "1": 1})
 
 
+def test_error_type_that_cannot_be_asked_is_no_reason_to_try_again_nor_to_charge_others(cluster: LocalCluster) -> None:
+    class Odd(type):
+        def __instancecheck__(cls, instance: object) -> bool:
+            raise RuntimeError("ask somebody else")
+
+    class OddError(Exception, metaclass=Odd):
+        pass
+
+    def fails(x: int) -> int:
+        if x == 1:
+            raise KeyError(x)
+        return x
+
+    job = cluster.queue().map(fails, range(3), chunksize=3, retries=2, backoff=0.01, retry_on=OddError)
+    first, error, last = job.results(LIMIT, errors="return")
+    assert (first, type(error), last) == (0, KeyError, 2)
+
+
 def test_waits_double_up_to_the_longest_and_are_left_to_chance_by_half() -> None:
     policy = Policy(retries=9, backoff=2.0, max_delay=10.0)
     for tries, whole in enumerate((2.0, 4.0, 8.0, 10.0, 10.0)):
