@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -104,6 +105,26 @@ def test_generator_that_a_task_keeps_half_way_does_not_keep_its_slot_from_being_
 
     for task, value in ((keep, 0), (nested, 10), (nested, 10)):
         assert queue.submit(task, 0).result(LIMIT) == value
+
+
+def test_waiter_that_is_collected_while_outcomes_are_pickled_holds_up_nothing(narrow: LocalCluster) -> None:
+    queue = narrow.queue()
+
+    class Collecting:
+        def __reduce__(self) -> tuple[type, tuple[int]]:
+            gc.enable()
+            gc.collect()
+            return int, (7,)
+
+    def leave(_: int) -> Collecting:
+        gc.disable()
+        circle: list[Any] = [futures.as_completed(list(queue.map(time.sleep, [0, 1], chunksize=1)))]
+        circle.append(circle)
+        next(circle[0])  # type: ignore[call-overload]  # the first of its two
+        return Collecting()
+
+    assert queue.submit(leave, 0).result(LIMIT) == 7
+    assert queue.submit(abs, -1).result(LIMIT) == 1
 
 
 def test_nested_jobs_come_before_a_long_line_of_their_parents(make_cluster: MakeCluster) -> None:

@@ -5,14 +5,54 @@ The client says here when it waits, and the slot hears it, so that neither knows
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Final, Generic, TypeVar
 
-_lock = threading.Lock()
-_waiting = 0
+_T = TypeVar("_T")
+
+
+class InTurn(Generic[_T]):
+    """Handles things one at a time, in the order in which they are put.
+
+    One may be put while another is handled, by a finaliser that interrupts just that: it is handled next. With a lock
+    around all, it would wait for itself for ever.
+    """
+
+    def __init__(self, handle: Callable[[_T], None]) -> None:
+        self._handle = handle
+        self._things: collections.deque[_T] = collections.deque()
+        self._busy = threading.Lock()
+
+    def put(self, thing: _T) -> None:
+        """Handle a thing, or leave it to whoever is at it."""
+        self._things.append(thing)
+        self._work_off()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Handle nothing while the block runs, but afterwards."""
+        try:
+            with self._busy:
+                yield
+        finally:
+            self._work_off()
+
+    def _work_off(self) -> None:
+        while self._things and self._busy.acquire(blocking=False):
+            try:
+                while self._things:
+                    self._handle(self._things.popleft())
+            finally:
+                self._busy.release()
+
+
+#: The present chunk; that for which is counted; and how many wait in it.
 _chunk = 0
+_counted = 0
+_waiting = 0
 _lend: Callable[[bool], None] | None = None
 
 #: How deep the job of the task that runs here is nested.
@@ -54,16 +94,14 @@ def begin() -> int:
     """
     if _lend is not None and depth >= MOST:
         raise RecursionError(f"tasks wait for jobs of their own, {depth} levels deep: is there an end to it?")
-    with _lock:
-        _count(1)
-        return _chunk
+    chunk = _chunk
+    _steps.put((chunk, 1))
+    return chunk
 
 
 def end(chunk: int) -> None:
     """Have the slot back, once for each begin."""
-    with _lock:
-        if chunk == _chunk:  # else what has waited there has gone with its chunk
-            _count(-1)
+    _steps.put((chunk, -1))
 
 
 def forget() -> None:
@@ -71,13 +109,20 @@ def forget() -> None:
 
     Whoever the slot is lent to counts it as free by then.
     """
-    global _chunk, _waiting
-    with _lock:
-        _chunk, _waiting = _chunk + 1, 0
+    global _chunk
+    _chunk += 1
 
 
-def _count(step: int) -> None:
-    global _waiting
-    before, _waiting = _waiting, _waiting + step
+def _count(step: tuple[int, int]) -> None:
+    global _counted, _waiting
+    chunk, change = step
+    if chunk != _chunk:
+        return  # what has waited there has gone with its chunk
+    if chunk != _counted:
+        _counted, _waiting = chunk, 0
+    before, _waiting = _waiting, _waiting + change
     if _lend is not None and bool(before) != bool(_waiting):
         _lend(bool(_waiting))
+
+
+_steps: Final = InTurn(_count)

@@ -222,7 +222,8 @@ class Reporter:
 
     def __init__(self, send: Callable[[Report, bytes], None], capture: Capture) -> None:
         self._send, self._capture = send, capture
-        self._lock = threading.Lock()
+        #: What is told of lending, in turn with what is reported.
+        self._lent = lending.InTurn(self._tell)
         self._wanted = threading.Event()
         self._parked = True
         self._outcomes: Outcomes | None = None
@@ -238,14 +239,16 @@ class Reporter:
 
     def finish(self, outcomes: Outcomes) -> None:
         """Report the rest."""
-        with self._lock:
+        with self._lent.alone():
             self._outcomes = None
             outcomes.report(self._send, last=True)
 
     def lend(self, lent: bool) -> None:
         """Tell that the task which runs waits for a job, or does no more."""
-        with self._lock:
-            self._send(Report(0, 0, b"", b"", False, lent=lent), b"")
+        self._lent.put(lent)
+
+    def _tell(self, lent: bool) -> None:
+        self._send(Report(0, 0, b"", b"", False, lent=lent), b"")
 
     def _tick(self) -> None:
         idle = _PARK_AFTER
@@ -255,7 +258,7 @@ class Reporter:
                 idle = 0
             time.sleep(_REPORT_EVERY)
             idle = idle + 1 if self._outcomes is None else 0
-            with self._lock:
+            with self._lent.alone():
                 outcomes = self._outcomes
                 if outcomes is not None and time.monotonic() - self._began > _REPORT_EVERY:
                     # What cannot be pickled now is left to the last report.
