@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from typing import Any
 
 import confluent_kafka
 import pytest
+import redis
+import stacks
 
 from yadtq_nb import JobError, JobIncompleteError, LocalCluster
 from yadtq_nb.backlog import publish
@@ -106,6 +110,29 @@ def test_record_that_is_said_to_be_there_but_not_where_is_sent_again(
             assert sum(publisher._topics.ends(publisher.topic).values()) == 1
     finally:
         publisher.close()
+
+
+def test_feeders_are_rung_for_again_once_a_slow_broker_has_what_was_sent(
+    stack: stacks.Servers, cluster: LocalCluster
+) -> None:
+    if cluster.config.reading != "wake":
+        pytest.skip("feeders wait at a broker that wakes them")
+    with cluster.queue() as queue, redis.Redis.from_url(cluster.config.redis) as client:
+
+        def rung() -> int:
+            return int(client.xinfo_stream(f"{{yadtq:{queue.name}}}:bell")["entries-added"])
+
+        assert queue.submit(abs, -1).result(30) == 1
+        time.sleep(0.5)  # rung for just now, they are not again
+        before = rung()
+        os.kill(stack.broker.pid, signal.SIGSTOP)
+        try:
+            future = queue.submit(abs, -2)
+            time.sleep(1.5)  # feeders have looked, and sleep
+        finally:
+            os.kill(stack.broker.pid, signal.SIGCONT)
+        assert future.result(30) == 2
+        assert rung() >= before + 2
 
 
 def test_broker_that_goes_away_while_a_producer_is_made_is_waited_for(

@@ -133,12 +133,14 @@ class Publisher:
         lane: Lane = "normal",
         *,
         fed: Callable[[], tuple[str, Mapping[int, Fed]]] | None = None,
+        arrived: Callable[[], None] = lambda: None,
     ) -> None:
         """Connect, and make the queue's topics if they are missing.
 
         Args:
             fed: tells the workbench's present life, another one after a restart, and how far each partition has been
                 fed; given by a client, which sends what was lost before that.
+            arrived: called in the publisher's thread when the broker has a chunk.
 
         Raises:
             BacklogError: Kafka cannot be reached or refuses.
@@ -157,6 +159,7 @@ class Publisher:
         self._resting_bytes = 0
         self._life = ""
         self._fed = fed
+        self._arrived = arrived
         self._forgets = config.reading == "wake"
         self._fed_seen_at = 0.0
         self._looking = threading.Lock()
@@ -309,6 +312,8 @@ class Publisher:
             self._broken.set()
             return
         self._settle(letter, None, partition, offset)
+        if letter.key is None:
+            self._arrived()
 
     def _settle(self, letter: _Letter, error: BacklogError | None, partition: int = 0, offset: int = 0) -> None:
         with self._empty:

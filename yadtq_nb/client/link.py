@@ -90,7 +90,9 @@ class Link:
         with self._lock:
             if lane not in self._publishers:
                 fed = functools.partial(self.store.fed, lane)
-                self._publishers[lane] = Publisher(self.config, self.queue, lane, fed=fed)
+                # Rung for when it was sent, a feeder may sleep again by the time that a slow broker has it.
+                arrived = self.mailer.ring
+                self._publishers[lane] = Publisher(self.config, self.queue, lane, fed=fed, arrived=arrived)
                 if lane != "normal":
                     patiently(lambda: self.store.ring("lane"), PATIENCE)
             return self._publishers[lane]
