@@ -10,11 +10,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from confluent_kafka import Producer
 from waiting import wait_until
 
-from yadtq_nb import LocalCluster, Queue
+from yadtq_nb import JobError, LocalCluster, Queue
 from yadtq_nb.backlog import publish
 from yadtq_nb.backlog.connection import Topic, Topics
 from yadtq_nb.backlog.reader import Reader
@@ -59,19 +60,65 @@ def test_job_goes_on_after_the_whole_stack_was_killed(home: Home) -> None:
             assert again.job("sweep").results(timeout=30) == list(range(40))
 
 
+def lives(queue: Queue) -> set[str]:
+    """Return the ids of the tasks topics that its partitions are read from."""
+    return {cursor.topic_id for cursor in queue._link().store.fed()[1].values()}
+
+
+def await_another_life(queue: Queue, before: set[str]) -> None:
+    """Wait until the tasks topic was made again, and send something now and then: it is when it has been read."""
+    deadline, number = time.monotonic() + 60, 0
+    while lives(queue) == before:
+        assert time.monotonic() < deadline, "the topic was not made again"
+        number += 1
+        assert queue.submit(abs, -number).result(30) == number
+
+
 def test_broker_in_memory_is_relieved_of_what_is_done_and_nothing_is_lost_on_the_way() -> None:
     with LocalCluster(slots=2) as cluster, cluster.queue() as queue:
         first = queue.submit(abs, -1)
         assert first.result(30) == 1
-        before = {cursor.topic_id for cursor in queue._link().store.fed()[1].values()}
+        before = lives(queue)
         assert queue.map(abs, range(2_400), chunksize=1).results(60) == list(range(2_400))
-        deadline = time.monotonic() + 30
-        number = 0
-        while {cursor.topic_id for cursor in queue._link().store.fed()[1].values()} == before:
-            assert time.monotonic() < deadline, "the topic was not made again"
-            number += 1
-            assert queue.submit(abs, -number).result(30) == number
+        await_another_life(queue, before)
         assert queue.map(abs, range(100)).results(30) == list(range(100))
+
+
+def test_job_that_was_cancelled_before_all_was_fed_is_retried_though_the_broker_was_relieved_of_it() -> None:
+    def wait(x: int) -> int:
+        time.sleep(0.02)
+        return x
+
+    with LocalCluster(slots=2, settings={"watermark_chunks": 50}) as cluster, cluster.queue() as queue:
+        store = queue._link().store
+        job = queue.map(wait, range(2_500), chunksize=1)
+        wait_until(lambda: store.record(job.id).sealed)
+        job.cancel()
+        await_another_life(queue, lives(queue))
+        done = job.progress.succeeded
+        assert 0 < done < 2_000
+        assert job.retry(abs) == 2_500 - done
+        assert job.results(60) == list(range(2_500))
+
+
+@pytest.mark.parametrize("workers", [1, 0])
+def test_job_that_was_just_cancelled_is_retried_once_nodes_have_read_it(workers: int) -> None:
+    with LocalCluster(slots=1, settings={"watermark_chunks": 10}) as cluster, cluster.queue() as queue:
+        assert queue.submit(abs, -1).result(30) == 1
+        node = psutil.Process(cluster.workers[0].pid)
+        node.suspend()
+        job = queue.map(abs, range(-100, 0), chunksize=1)
+        wait_until(lambda: queue._link().store.record(job.id).sealed)
+        job.cancel()
+        if workers:
+            threading.Timer(0.5, node.resume).start()
+            assert job.retry() == 100
+            assert job.results(60) == list(range(100, 0, -1))
+            return
+        with pytest.raises(JobError, match=r"100 records of the queue wait in Kafka.* is a worker running"):
+            job.retry()
+        node.resume()
+        assert job.retry() == 100
 
 
 def test_what_the_broker_in_memory_forgets_before_it_is_fed_is_sent_again() -> None:

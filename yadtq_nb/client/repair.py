@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from array import array
 from collections.abc import Iterator
 from typing import Final, Protocol
@@ -14,6 +15,7 @@ from typing import Final, Protocol
 import msgspec
 
 from yadtq_nb import codec
+from yadtq_nb.backlog.connection import TIMEOUT, Topics
 from yadtq_nb.backlog.publish import Publisher, Receipts
 from yadtq_nb.backlog.reader import replay_tasks
 from yadtq_nb.client.board import Outcomes
@@ -27,6 +29,9 @@ from yadtq_nb.workbench.jobs import JobRecord, JobStore
 
 #: Seconds for which Redis is waited for once a job is open again: given up then, the job would be incomplete.
 ONCE_OPEN: Final = 60.0
+#: Seconds for which what lies in Kafka is waited for while nobody reads it, and between looks.
+_STANDSTILL: Final = 10.0
+_LOOK: Final = 0.05
 #: Times to look again when the job has changed while it was looked at.
 _LOOKS: Final = 5
 
@@ -147,8 +152,10 @@ class _Places(msgspec.Struct):
 
 def _places(link: Link, seen: JobRecord, wanted: list[int]) -> _Places:
     """Find the newest record of each task. What has none stays lost."""
+    if seen.cancel and link.config.reading == "wake":
+        _wait_until_fed(link, seen)
     spans = {number: (first, count, True) for number, first, count in link.store.spans(seen.id)}
-    if seen.cancel:
+    if seen.cancel and link.config.reading == "poll":
         # Not all that was sent has been fed.
         for head, _ in _logged(link, seen):
             spans.setdefault(head.number, (head.first, head.count, False))
@@ -163,6 +170,50 @@ def _places(link: Link, seen: JobRecord, wanted: list[int]) -> _Places:
             missing[first : first + count] = bytes(count)
             (places.kept if kept else places.logged)[number] = bytes(ord("0") if want else ord("1") for want in part)
     return places
+
+
+def _wait_until_fed(link: Link, seen: JobRecord) -> None:
+    """Wait until nodes have read what was sent of a job.
+
+    On a broker in memory its log is not read here: nodes delete the topic when all was read, to have the memory back,
+    and librdkafka 2.16 crashes in a consumer whose topic is deleted. They keep what they find there.
+
+    Raises:
+        JobError: nothing reads it.
+        BacklogError, WorkbenchError: a server cannot be reached.
+    """
+    topics, publisher = Topics(link.config, link.queue, seen.lane), link.publisher(seen.lane)
+    moved, before = time.monotonic(), -1
+    try:
+        # What it holds of the job, the broker may have forgotten.
+        while (behind := _behind(link, seen, topics)) or seen.id in publisher.holds():
+            if behind != before:
+                moved, before = time.monotonic(), behind
+            if time.monotonic() - moved > _STANDSTILL:
+                raise JobError(
+                    f"job {seen.name!r} cannot be repaired yet: {behind} records of the queue wait in Kafka, "
+                    "some of them perhaps this job's, and nobody reads them; is a worker running?",
+                    job=seen.name,
+                )
+            link.mailer.ring()
+            time.sleep(_LOOK)
+    finally:
+        topics.close()
+
+
+def _behind(link: Link, seen: JobRecord, topics: Topics) -> int:
+    """Return how many records nodes have not read yet of those that there are now."""
+    topic = topics.ensure(TIMEOUT)
+    ends = topics.ends(topic)
+    # Of batches of several records Tansu says a smaller end than it has.
+    told = patiently(lambda: link.store.ends(seen.id), PATIENCE)
+    _, fed = patiently(lambda: link.store.fed(seen.lane), PATIENCE)
+    behind = 0
+    for partition, end in ends.items():
+        cursor = fed.get(partition)
+        read = cursor.offset if cursor is not None and cursor.topic_id == topic.id else 0
+        behind += max(0, max(end, told.get(f"{topic.id}/{partition}", 0)) - read)
+    return behind
 
 
 def _logged(link: Link, seen: JobRecord) -> Iterator[tuple[ChunkHead, bytes]]:
@@ -238,7 +289,12 @@ def recorded(link: Link, seen: JobRecord) -> Packet:
     spans = link.store.spans(seen.id)
     record = next(link.store.inputs(seen.id, [max(spans)[0]]), None) if spans else None
     if record is None and seen.total > 0:  # nothing has been fed yet
-        record = next((record for _, record in _logged(link, seen)), None)
+        if link.config.reading == "poll":
+            record = next((record for _, record in _logged(link, seen)), None)
+        else:
+            _wait_until_fed(link, seen)
+            spans = link.store.spans(seen.id)
+            record = next(link.store.inputs(seen.id, [max(spans)[0]]), None) if spans else None
     if record is None:
         raise JobError(f"no input of job {seen.name!r} is kept, and so no function: map anew", job=seen.name)
     head, function, _ = codec.decode_chunk(link.key, record)

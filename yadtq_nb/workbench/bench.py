@@ -148,6 +148,7 @@ class Workbench:
             int(c.keep),
             _pack(groups),
             self._lane,
+            int(c.reading == "wake"),
             *records,
         )
         _check_live(status)

@@ -2,14 +2,15 @@
 -- feed: put chunks that were read from Kafka on the workbench, and lease some to the feeder's own node.
 -- Without it a chunk would be lost or doubled when a partition changes hands: a batch counts only if the cursor kept
 -- here equals the offset it was read from, neither behind nor ahead.
--- ARGV: node, lease, free slots, most ready chunks (-1), most ready bytes (-1), keep, groups (packed), lane, then the records.
+-- ARGV: node, lease, free slots, most ready chunks (-1), most ready bytes (-1), keep, groups (packed), lane, whether the
+-- broker forgets what was read, then the records.
 -- group: {partition, topic id, expected, next, {{job, number, first, count, weight, offset, job name, function, total, created, style, start after, needs, done}...}}
 local node, lease, free = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local most_chunks, most_bytes, keep = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local groups = cmsgpack.unpack(ARGV[7])
 local now = server_time()
-local lane = ARGV[8]
-local replies, leases, record = {}, {}, 8
+local lane, forgets = ARGV[8], ARGV[9] == '1'
+local replies, leases, record = {}, {}, 9
 local added = false
 
 if not is_live(node, now, lease) then
@@ -35,6 +36,7 @@ local function job_of(c)
     local name = job_key(c[1])
     local f = redis.call('HMGET', name, 'name', 'ended', 'cancelled', 'cancel', 'floor', 'life')
     job = {name = name, known = f[1], ended = f[2], dropped = f[3], bytes = 0, fed = 0, running = 0, spans = ''}
+    job.repairable = f[2] and f[4] and f[4] ~= 'deleted'
     job.floor, job.life = tonumber(f[5] or 0), tonumber(f[6] or 0)
     jobs[c[1]] = job
     if not job.known and f[4] ~= 'deleted' then
@@ -64,6 +66,18 @@ local function count_jobs()
       tell_fed(id, job.spans)
     end
   end
+end
+
+-- Of a job that was cancelled: job.retry() finds it in Kafka's log, or here.
+local function keep_input(c, job, data)
+  if redis.call('HSETNX', job_key(c[1], 'in'), c[2], data) == 0 then
+    return
+  end
+  redis.call('APPEND', job_key(c[1], 'spans'), struct.pack('<I4I4I4', c[2], c[3], c[4]))
+  redis.call('HINCRBY', job.name, 'bytes', #data)
+  local left = redis.call('TTL', job.name)
+  redis.call('EXPIRE', job_key(c[1], 'in'), left)
+  redis.call('EXPIRE', job_key(c[1], 'spans'), left)
 end
 
 local function add(id, c, job, position, data)
@@ -172,6 +186,8 @@ for g, group in ipairs(groups) do
         else
           add(id, c, job, position, ARGV[record])
         end
+      elseif forgets and job.repairable then
+        keep_input(c, job, ARGV[record])
       end
     end
   end
