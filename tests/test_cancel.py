@@ -88,6 +88,21 @@ def test_futures_of_a_cancelled_job_are_cancelled_in_every_process(cluster: Loca
     assert other.jobs().state["long"] == "cancelled"
 
 
+def test_one_future_is_cancelled_and_then_the_whole_job(cluster: LocalCluster) -> None:
+    here = cluster.queue()
+    job = here.map(time.sleep, [60] * 6, chunksize=1)
+    futures = list(job)
+    wait_until(lambda: job.progress.running == 2)
+    assert futures[2].cancel()
+    assert job.cancel() == 5
+    assert not wait(futures, LIMIT, ALL_COMPLETED).not_done
+    with cluster.queue() as queue:
+        for future in (*futures, *queue.job(job.id), *here.job(job.id)):
+            assert future.cancelled()
+            assert str(future.state) == "cancelled"
+            assert "cancelled" in repr(future)
+
+
 def test_task_that_does_not_listen_is_killed(cluster: LocalCluster, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
 
@@ -175,13 +190,14 @@ def test_deadline_is_kept_where_no_node_lives(make_cluster: MakeCluster) -> None
         assert queue.submit(abs, -1).result(LIMIT) == 1
         cluster.workers[0].stop()
         job = queue.map(abs, range(10), deadline=1)
-        with pytest.raises(JobTimeoutError):
+        with pytest.raises(JobTimeoutError, match="deadline"):
             job.results(LIMIT)
+        assert [str(future.state) for future in job] == ["cancelled"] * 10
 
 
 @pytest.mark.parametrize("deadline", [datetime.datetime(1970, 1, 1), datetime.datetime(1969, 1, 1)])
 def test_deadline_of_long_ago_has_passed(cluster: LocalCluster, deadline: datetime.datetime) -> None:
-    with pytest.raises(JobTimeoutError):
+    with pytest.raises(JobTimeoutError, match="deadline"):
         cluster.queue().map(time.sleep, [60], deadline=deadline).results(LIMIT)
 
 

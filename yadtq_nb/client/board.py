@@ -560,9 +560,10 @@ def _settle(future: Future[Any], index: int, value: Any) -> None:
 
 def _fail(future: Future[Any], error: BaseException) -> None:
     if isinstance(error, JobCancelledError | CancelledError):
-        # Not TaskFuture.cancel, which asks the queue.
-        if Future.cancel(future):
-            future.set_running_or_notify_cancel()
+        # Not TaskFuture.cancel, which asks the queue. One that was cancelled before says yes, but is not told twice.
+        if not future.done() and Future.cancel(future):
+            with contextlib.suppress(RuntimeError):  # another thread was first
+                future.set_running_or_notify_cancel()
         return
     # Whoever was first has settled it: two threads may end a board, and one may hear an outcome meanwhile.
     with contextlib.suppress(InvalidStateError):

@@ -90,9 +90,10 @@ class Inbox:
         with self._lock:
             watched = self._boards.get(board.job) or self._ended.get(board.job) or board
             self._boards[board.job] = watched
-        if watched.ended and watched.failure is not None:
+        ended = watched.ended
+        if ended and watched.failure is not None:
             watched.reopen()  # why it ended may hold no more
-        if known and (watched is board or watched.ended):
+        if known and (watched is board or ended):
             patiently(lambda: self._compare(watched), PATIENCE)
         return watched
 

@@ -159,6 +159,13 @@ class Job(Sequence[Future[Any]]):
             yield self._future(index)
             index += 1
 
+    async def __aiter__(self) -> AsyncIterator[Future[Any]]:
+        """Yield futures by index; while an iterator is being drawn, as it is drawn."""
+        index = 0
+        while self._has(index) if self._known_total() is not None else await asyncio.to_thread(self._has, index):
+            yield self._future(index)
+            index += 1
+
     def _has(self, index: int) -> bool:
         board = self._board
         if board.total is None and index < board.done:
@@ -460,7 +467,8 @@ class Job(Sequence[Future[Any]]):
 
     def task_state(self, index: int) -> State:
         """Return a task's state, as far as this process has heard."""
-        return self._board.state(index) or State.QUEUED
+        ended = isinstance(self._board.failure, JobCancelledError | JobTimeoutError)
+        return self._board.state(index) or (State.CANCELLED if ended else State.QUEUED)
 
     def task_log(self, index: int) -> str:
         """Return what a task has written, as far as it is kept and this process has heard."""
