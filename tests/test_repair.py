@@ -6,14 +6,14 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from conftest import MakeCluster
 from test_wipe import wipe
 from waiting import wait_until
 
-from yadtq_nb import JobError, LocalCluster, Queue
+from yadtq_nb import JobError, LocalCluster, Queue, WorkbenchError
 from yadtq_nb.client.inbox import PATIENCE
 from yadtq_nb.client.sender import Mailer
 from yadtq_nb.model import JobState, Reopen, Seal
@@ -255,6 +255,44 @@ def test_who_repairs_is_not_taken_for_dead_by_others_nor_by_who_comes_second(
             theirs.retry()
         assert job.state is JobState.RUNNING
         link.inbox.sent(job.id)
+
+
+@pytest.mark.parametrize("how", ["retry", "extend"])
+def test_lost_answer_to_a_repair_is_asked_for_again(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch, how: Literal["retry", "extend"]
+) -> None:
+    job = queue.map(odd_fails if how == "retry" else abs, range(6))
+    assert job.wait(LIMIT)
+    connection = queue._link().store._redis
+    call, lost = connection.call, []
+
+    def cut(verb: str, *args: Any) -> Any:
+        answer = call(verb, *args)
+        if verb == "reopen" and not lost:
+            lost.append(answer)
+            raise WorkbenchError("Redis cannot be reached: it has done that, and then the connection broke")
+        return answer
+
+    monkeypatch.setattr(connection, "call", cut)
+    if how == "retry":
+        assert job.retry(abs) == 3
+    else:
+        job.extend([6])
+    assert lost
+    assert job.results(LIMIT) == list(range(6 if how == "retry" else 7))
+
+
+def test_cancel_that_is_told_again_does_not_end_what_somebody_has_had_run_again(
+    queue: Queue, shared_cluster: LocalCluster
+) -> None:
+    job = queue.map(time.sleep, [1] * 4, chunksize=1)
+    wait_until(lambda: job.progress.running == 2)
+    job.cancel()
+    with shared_cluster.queue() as elsewhere:
+        theirs = elsewhere.job(job.id)
+        assert theirs.retry(abs) == 4
+        queue._link().inbox._tell_again()  # as to a Redis that was started again, and has lost nothing
+        assert theirs.results(LIMIT) == [1] * 4
 
 
 def test_what_cannot_be_repaired_says_so(queue: Queue) -> None:

@@ -213,8 +213,11 @@ def test_full_store_refuses_what_is_new_and_finishes_what_it_has(
     def traced_with(x: int, _: str, *, audit: str) -> int:
         return traced(x, audit=audit, seconds=0.001)
 
-    with make_nodes().queue() as queue, redis.Redis.from_url(servers.config.redis) as client:
-        assert queue.submit(abs, -1).result(30) == 1
+    nodes = make_nodes()
+    with nodes.queue() as queue, redis.Redis.from_url(servers.config.redis) as client:
+        old = queue.map(abs, range(-5, 0), name="old")
+        assert old.results(30) == [5, 4, 3, 2, 1]
+        inbox = queue._link().inbox
         try:
             client.config_set("maxmemory", client.info("memory")["used_memory"] + 1_000_000)
             words = [os.urandom(1_000).hex() for _ in range(COUNT)]
@@ -229,9 +232,18 @@ def test_full_store_refuses_what_is_new_and_finishes_what_it_has(
             with pytest.raises(WorkbenchFullError, match="maxmemory"):
                 queue.map(abs, [1], name="new")
             assert queue.workers().status.tolist() == ["live"], "heartbeats get in"
+            with nodes.queue() as another:  # as after a kernel was restarted
+                assert another.job("old").results(30) == [5, 4, 3, 2, 1]
+                another.job("old").delete()
+            # As to a store that has been started again: what does not get in is told later, and news is heard.
+            inbox.told(job.id, lambda store: store.put_blob("told again", b"x"))
+            inbox._tell_again()
+            assert inbox._untold
         finally:
             client.config_set("maxmemory", 0)
         check(job, audit, again=0)
+        wait_until(lambda: not inbox._untold, "it is told once there is room")
+        assert queue._link().store.blob("told again") == b"x"
 
 
 def test_full_producer_queue_waits_for_the_broker(servers: stacks.Servers, make_nodes: MakeNodes, audit: Path) -> None:

@@ -322,11 +322,21 @@ class Topics:
         names = {lane: tasks_topic(self._queue, lane) for lane in lanes}
         if not self._renames:
             return {lane: [name] for lane, name in names.items()}
-        there = sorted(self._admin.list_topics(timeout=TIMEOUT).topics)
+        there = sorted(self._list())
         return {
             lane: [found for found in there if _LIFE.sub("", found) == name != found] or [name]
             for lane, name in names.items()
         }
+
+    def _list(self) -> Iterable[str]:
+        self._trouble = None
+        try:
+            return self._admin.list_topics(timeout=TIMEOUT).topics
+        except KafkaException as exc:
+            self._admin.poll(0)  # what went wrong on the way
+            if self._trouble is not None:
+                raise KafkaException(self._trouble) from exc
+            raise
 
     def _described(self, future: Future[Any]) -> Topic | None:
         try:

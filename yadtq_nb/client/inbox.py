@@ -26,6 +26,7 @@ from yadtq_nb.errors import (
     JobTimeoutError,
     QueueClosedError,
     WorkbenchError,
+    WorkbenchFullError,
 )
 from yadtq_nb.model import JobState
 from yadtq_nb.workbench.connection import patiently
@@ -69,6 +70,8 @@ class Inbox:
         self._last_known: dict[str, float] = {}
         #: What the workbench was told of jobs, and when; see told.
         self._told: collections.deque[tuple[float, str, Callable[[JobStore], object]]] = collections.deque()
+        #: What it is to be told again of jobs.
+        self._untold: list[tuple[str, Callable[[JobStore], object]]] = []
         #: When the workbench was last heard.
         self._contact = time.monotonic()
         self._lock = threading.Lock()
@@ -137,14 +140,27 @@ class Inbox:
         """Tell no more of a job, since its end is over, or it was never begun."""
         with self._lock:
             self._told = collections.deque(entry for entry in self._told if entry[1] != job)
+            self._untold = [entry for entry in self._untold if entry[0] != job]
 
     def _tell_again(self) -> None:
         with self._lock:
-            told = [(job, again) for at, job, again in self._told if at >= self._contact - ROLLBACK]
+            self._untold = [(job, again) for at, job, again in self._told if at >= self._contact - ROLLBACK]
+        self._tell_rest()
+
+    def _tell_rest(self) -> None:
+        """Tell what is still to be told again; what does not get in, since Redis is full, some other time."""
+        with self._lock:
+            untold = self._untold
         # Between a job's manifest and its seal nobody is to take it for one whose client has died.
-        self._store.say_sending(*{job for job, _ in told})
-        for _, again in told:
-            again(self._store)
+        self._store.say_sending(*{job for job, _ in untold})
+        for entry in untold:
+            try:
+                entry[1](self._store)
+            except WorkbenchFullError as exc:
+                log.warning("job %s is not told again yet: %s", entry[0], exc)
+            else:
+                with self._lock:
+                    self._untold = [other for other in self._untold if other is not entry]
 
     def close(self, why: str) -> None:
         """Stop listening: whoever waits for a job is told why."""
@@ -170,6 +186,7 @@ class Inbox:
                     shaken, heard_at = False, time.monotonic()
                 if time.monotonic() - said_at > _SENDING:
                     self._say_sending()
+                    self._tell_rest()
                     said_at = time.monotonic()
                 self._position, news, missed = self._news.wait_for_news(self._position, 0.5)
                 self._contact = now = time.monotonic()

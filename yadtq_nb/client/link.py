@@ -335,13 +335,26 @@ class Link:
     def cancel(self, job: str) -> int:
         """Cancel a job; see Job.cancel."""
         cancel = Cancel(job)
-        return self._end(cancel, lambda store: store.cancel(cancel))
+        # Told again, it must not end what somebody has had run again since.
+        count, _ = self._end(
+            cancel,
+            lambda store: store.cancel_life(cancel),
+            lambda ended: lambda store: store.cancel_life(cancel, ended[1]),
+        )
+        return count
 
     def delete(self, job: str) -> bool:
         """Delete a job; see Job.delete."""
-        return self._end(Cancel(job, "deleted"), lambda store: store.delete(job))
+        return self._end(
+            Cancel(job, "deleted"), lambda store: store.delete(job), lambda _: lambda store: store.delete(job)
+        )
 
-    def _end(self, cancel: Cancel, end: Callable[[JobStore], _T]) -> _T:
+    def _end(
+        self,
+        cancel: Cancel,
+        end: Callable[[JobStore], _T],
+        again: Callable[[_T], Callable[[JobStore], object]],
+    ) -> _T:
         # To Kafka first: a workbench that is filled again must not bring the job back to life. But where Kafka is away
         # its tasks do not run on until it is back.
         away: BacklogError | None = None
@@ -352,7 +365,7 @@ class Link:
         except BacklogError as exc:
             away = exc
         ended = patiently(lambda: end(self.store), PATIENCE)
-        self.inbox.told(cancel.id, end)
+        self.inbox.told(cancel.id, again(ended))
         for sender in self._senders:
             if sender.job == cancel.id:
                 sender.stop(over=True)
@@ -424,7 +437,8 @@ class Link:
     def _reopen_for(self, more: int, seen: JobRecord) -> int:
         if seen.cancel:
             raise JobError(f"job {seen.name!r} was ended before its time: map the items anew", job=seen.name)
-        return patiently(lambda: self.store.reopen(seen, total=seen.total + more), PATIENCE)
+        token = new_id()
+        return patiently(lambda: self.store.reopen(seen, total=seen.total + more, token=token), PATIENCE)
 
     def _start_sending(
         self,

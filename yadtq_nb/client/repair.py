@@ -23,7 +23,7 @@ from yadtq_nb.client.inbox import PATIENCE, Inbox, is_incomplete
 from yadtq_nb.client.sender import Mailer, Packet
 from yadtq_nb.config import Config
 from yadtq_nb.errors import CodecError, JobError, JobNotFoundError, WorkbenchError
-from yadtq_nb.model import LIFE, ChunkHead, Lane, Reopen, Seal
+from yadtq_nb.model import LIFE, ChunkHead, Lane, Reopen, Seal, new_id
 from yadtq_nb.workbench.connection import patiently
 from yadtq_nb.workbench.jobs import JobRecord, JobStore
 
@@ -95,18 +95,18 @@ def retry(link: Link, job: str, name: str, fixed: Packet | None) -> int:
         life = 0
         link.inbox.sending(job)
         link.inbox.take_back(job)
+        reopen = functools.partial(
+            link.store.reopen,
+            seen,
+            total=seen.total,
+            function=fixed.function_name if fixed is not None else "",
+            void=again.void,
+            replaced=() if ended else again.wanted,
+            whole=ended,
+            token=new_id(),
+        )
         try:
-            life = patiently(
-                lambda seen=seen, again=again, ended=ended: link.store.reopen(  # type: ignore[misc]  # bound at once
-                    seen,
-                    total=seen.total,
-                    function=fixed.function_name if fixed is not None else "",
-                    void=again.void,
-                    replaced=() if ended else again.wanted,
-                    whole=ended,
-                ),
-                PATIENCE,
-            )
+            life = patiently(reopen, PATIENCE)
             if life:
                 replaced = b"" if ended else array("I", again.wanted).tobytes()
                 # Before its chunks: a workbench that is emptied must not run what they replace.

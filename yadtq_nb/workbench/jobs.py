@@ -155,7 +155,9 @@ class JobStore:
                 "this queue's workers use another secret: set the same YADTQ_SECRET (or secret=) here and there"
             )
         with self._redis.use() as client:
-            client.set(name, ours, nx=True)
+            # A full Redis takes nothing that might be new, and what it holds must be there to be read, and deleted.
+            if not client.exists(name):
+                client.set(name, ours, nx=True)
             # As long as it is used: what lies in the queue is signed with it.
             held, _ = client.pipeline(transaction=False).get(name).expire(name, int(self._config.keep * 4)).execute()
         if held is not None and held.decode() != ours:
@@ -203,7 +205,20 @@ class JobStore:
         Raises:
             WorkbenchError: Redis cannot be reached.
         """
-        return int(self._redis.call("cancel", cancel.id, cancel.reason, int(self._config.keep)))
+        return self.cancel_life(cancel)[0]
+
+    def cancel_life(self, cancel: Cancel, life: int | None = None) -> tuple[int, int]:
+        """End a job now, unless it was opened again after that life. May be sent twice.
+
+        Returns:
+            How many of its tasks had no outcome, and its present life.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached.
+        """
+        meant = "" if life is None else life
+        count, present = self._redis.call("cancel", cancel.id, cancel.reason, int(self._config.keep), meant)
+        return int(count), int(present)
 
     def end_late(self) -> None:
         """End jobs whose deadline has passed. May be sent twice.
@@ -243,11 +258,13 @@ class JobStore:
         void: Sequence[tuple[str, bytes, int]] = (),
         replaced: Sequence[int] = (),
         whole: bool = False,
+        token: str = "",
     ) -> int:
         """Have a job that was sent whole begin another life, if it is as it was seen.
 
         Args:
             seen: the job as it was when the rest was found out.
+            token: of this call alone: sent again with the same, since the answer was lost, it gives the same answer.
             total: how many tasks it has from now on.
             function: name of the function of those that are sent now; "" for the old one.
             void: outcomes that count no more: their field, its mask from now on, and how many these are.
@@ -259,7 +276,7 @@ class JobStore:
         """
         masks = _pack([[field, mask.decode(), count] for field, mask, count in void])  # Lua knows no bytes
         keep = int(self._config.keep)
-        told = (seen.life, seen.ended_text, total, function, masks, _pack(list(replaced)), int(whole))
+        told = (seen.life, seen.ended_text, total, function, masks, _pack(list(replaced)), int(whole), token)
         return int(self._redis.call("reopen", seen.id, keep, *told))
 
     def restore_reopened(self, entry: Reopen) -> None:
