@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import RunScript
+from conftest import MakeCluster, RunScript
 
 from yadtq_nb import Queue
 
@@ -199,6 +199,21 @@ def test_directory_that_a_task_changes_to_is_left_again(queue: Queue) -> None:
 
     assert queue.map(os.chdir, ["/"] * 20).results(LIMIT) == [None] * 20
     assert set(queue.map(lambda _: os.getcwd(), range(20)).results(LIMIT)) == {os.getcwd()}
+
+
+def test_what_a_task_puts_on_the_path_hides_nothing_from_others(make_cluster: MakeCluster, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+
+    def careless(_: int) -> None:
+        sys.path.insert(0, str(elsewhere))
+
+    def look(_: int) -> tuple[int, int]:
+        return sys.path.index(str(elsewhere)), len(sys.path)
+
+    queue = make_cluster(slots=1).queue()
+    queue.submit(careless, 0).result(LIMIT)
+    place, length = queue.submit(look, 0).result(LIMIT)
+    assert place == length - 1, "it is still there, and comes last"
 
 
 def test_what_a_task_prints_does_not_disturb(queue: Queue, capfd: pytest.CaptureFixture[str]) -> None:

@@ -131,6 +131,29 @@ def test_callbacks_are_called_and_may_send_more_work(queue: Queue) -> None:
     assert sorted(future.result(LIMIT) for future in called) == [1, 16, 81]
 
 
+def test_callback_that_waits_for_another_task_holds_up_nothing(queue: Queue, tmp_path: Path) -> None:
+    gate, told = str(tmp_path / "gate"), threading.Event()
+    first, second = queue.map(wait_for_file, [gate]), queue.map(lambda _: wait_for_file(f"{gate}-2"), [0])
+    second[0].done()
+
+    def callback(_: concurrent.futures.Future[Any]) -> None:
+        assert second.results(LIMIT) == [f"{gate}-2"]
+        told.set()
+
+    first[0].add_done_callback(callback)
+    Path(gate).touch()
+    assert first.results(LIMIT) == [gate]
+    assert queue.map(square, range(5)).results(LIMIT) == [0, 1, 4, 9, 16]
+
+    async def awaited() -> Any:
+        return await asyncio.wrap_future(queue.submit(square, 3))
+
+    assert asyncio.run(awaited()) == 9
+    assert not told.is_set()
+    Path(f"{gate}-2").touch()
+    assert told.wait(LIMIT)
+
+
 def test_callback_that_raises_disturbs_nobody(queue: Queue) -> None:
     job = queue.map(square, range(10))
     job[0].add_done_callback(lambda _: 1 / 0)
@@ -216,15 +239,13 @@ def test_futures_come_in_order_of_completion(queue: Queue, tmp_path: Path) -> No
 def test_news_that_was_trimmed_before_it_was_heard_is_made_up_for(queue: Queue, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     job = queue.map(lambda x: (wait_for_file(str(gate)), x * x)[1], range(100), chunksize=1)
-    may_go = threading.Event()
-    for future in job:
-        future.add_done_callback(lambda _: may_go.wait(LIMIT))  # the first one has the client hear nothing more
-    gate.touch()
-    other = queue.job(job.id)
-    wait_until(lambda: other.progress.succeeded == 100)
-    with Redis.from_url(queue._settings().redis) as store:
-        store.xtrim(f"{{yadtq:{queue.name}}}:news", maxlen=1, approximate=False)
-    may_go.set()
+    futures = list(job)
+    with queue._link().inbox._news._redis._lock:  # the client hears nothing more
+        gate.touch()
+        wait_until(lambda: job.progress.succeeded == 100)
+        with Redis.from_url(queue._settings().redis) as store:
+            store.xtrim(f"{{yadtq:{queue.name}}}:news", maxlen=1, approximate=False)
+    assert [future.result(LIMIT) for future in futures] == [x * x for x in range(100)]
     assert job.results(LIMIT) == [x * x for x in range(100)]
 
 
@@ -316,6 +337,8 @@ def test_awaiting_raises_what_results_raises(queue: Queue) -> None:
 def test_futures_come_in_an_async_for(queue: Queue) -> None:
     async def main() -> list[Any]:
         job = queue.map(square, range(500))
+        by_index = [await asyncio.wrap_future(future) async for future in job]
+        assert by_index == [future.result() for future in job]
         return [future.result() async for future in job.as_completed()]
 
     assert sorted(asyncio.run(main())) == [x * x for x in range(500)]

@@ -281,6 +281,8 @@ def test_slot_that_takes_too_long_over_an_item_is_killed(make_run: MakeRun, monk
         (((1, 2), {"x": 3}), "call", "1, 2, x=3"),
         (BrokenItem(3, "no"), "item", "<no>"),
         ("\ud800", "item", "'\\ud800'"),
+        (((), {}), "call", "no arguments"),
+        ((), "star", "no arguments"),
     ],
 )
 def test_item_is_shown_as_it_would_be_written(item: Any, style: Any, text: str) -> None:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable, Iterator
+import functools
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from yadtq_nb import lending, needs
 from yadtq_nb.errors import JobInterrupt
 from yadtq_nb.model import State
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -66,6 +73,35 @@ class _Waiters(list[Any]):
     def remove(self, waiter: Any) -> None:
         super().remove(waiter)
         lending.end(self._lent.pop(id(waiter)))
+
+
+class _Caller:
+    """Calls done callbacks in a thread of its own: one that waits for a task must not keep us from hearing of it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pid = 0
+        self._due: queue.SimpleQueue[tuple[Callable[[Any], object], Future[Any]]] = queue.SimpleQueue()
+
+    def call(self, fn: Callable[[Any], object], future: Future[Any]) -> None:
+        """Call fn with a future that is done, after those that were given before."""
+        with self._lock:
+            if self._pid != os.getpid():
+                self._pid, self._due = os.getpid(), queue.SimpleQueue()
+                threading.Thread(target=self._run, args=(self._due,), name="yadtq-callbacks", daemon=True).start()
+        self._due.put((fn, future))
+
+    def _run(self, due: queue.SimpleQueue[tuple[Callable[[Any], object], Future[Any]]]) -> None:
+        while True:
+            fn, future = due.get()
+            try:
+                fn(future)
+            except Exception:
+                log.exception("exception calling callback for %r", future)
+            del fn, future  # not to be held until there is another
+
+
+_caller: Final = _Caller()
 
 
 class TaskFuture(Future[Any]):
@@ -141,6 +177,12 @@ class TaskFuture(Future[Any]):
         """See concurrent.futures.Future, and result."""
         with contextlib.nullcontext() if self.done() else waiting(self.job.name):
             return super().exception(timeout)
+
+    def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
+        """See concurrent.futures.Future. All callbacks of a process are called in one thread, and may wait for tasks."""
+        # What asyncio adds waits for nothing, and is waited for.
+        at_once = self.done() or getattr(fn, "__module__", None) == "asyncio.futures"
+        super().add_done_callback(fn if at_once else functools.partial(_caller.call, fn))
 
     def cancel(self) -> bool:
         """Cancel the task on the queue, whether it waits or runs. False when it has its outcome already.

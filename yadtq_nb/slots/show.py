@@ -10,6 +10,7 @@ from yadtq_nb.slots.hints import sendable
 
 #: Longest text, in characters.
 _LONGEST: Final = 500
+_NOTHING: Final = "no arguments"
 
 
 def shown(item: Any, style: CallStyle) -> str:
@@ -18,9 +19,9 @@ def shown(item: Any, style: CallStyle) -> str:
         return f"<{item.message}>" if item.message else "<it cannot be unpickled>"
     if style == "call":
         named = [f"{name}={_show(value)}" for name, value in item[1].items()]
-        return _shorten(", ".join([*map(_show, item[0]), *named]))
+        return _shorten(", ".join([*map(_show, item[0]), *named])) or _NOTHING
     if style == "star":
-        return _shorten(", ".join(map(_show, item)))
+        return _shorten(", ".join(map(_show, item))) or _NOTHING
     return _shorten(_show(item))
 
 

@@ -59,6 +59,7 @@ class Slot:
         self._with_classes: set[str] = set()
         self._entered: Environment | None = None
         self._home = ""
+        self._path: list[str] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._reporter = Reporter(self._send, capture)
 
@@ -174,10 +175,12 @@ class Slot:
     def _enter(self, environment: Environment, tree_path: str) -> None:
         if self._entered is not None and source.suits(self._entered, environment):
             os.chdir(self._home)  # a task may have gone elsewhere
+            # What it has put on the path stays, as a module that was imported may count on it, but hides nothing.
+            sys.path[:] = dict.fromkeys([*self._path, *sys.path])
             return
         tree = bytes(self._blob(codec.TREE, tree_path, environment.tree)) if tree_path else None
         self._home = source.enter(environment, tree, Path(self._setup.directory) / "trees")
-        self._entered = environment
+        self._entered, self._path = environment, sys.path.copy()
 
     def _function(self, head: ChunkHead, inline: memoryview, path: str) -> Loaded:
         call = self._functions.get(head.function)
