@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -15,7 +15,7 @@ import pytest
 from confluent_kafka import Producer
 from waiting import wait_until
 
-from yadtq_nb import JobError, LocalCluster, Queue
+from yadtq_nb import Job, JobError, LocalCluster, Queue
 from yadtq_nb.backlog import publish
 from yadtq_nb.backlog.connection import Topic, Topics
 from yadtq_nb.backlog.reader import Reader
@@ -45,6 +45,37 @@ def test_stack_does_not_stop_while_a_task_runs_and_stops_after_it(home: Home) ->
         assert queue.submit(time.sleep, 6.0).result(timeout=30) is None
     wait_until(lambda: not home.alive(), "the stack runs on")
     assert stack.status().reason == "idle for 4 s"
+
+
+def test_jobs_of_an_open_notebook_start_the_stack_that_has_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("YADTQ_HOME", str(tmp_path / "stack"))
+    stack = Stack(Home(tmp_path / "stack"))
+    asks: list[Callable[[Job], object]] = [
+        lambda job: job.results(30),
+        lambda job: job.to_frame().shape,
+        lambda job: job.progress.succeeded,
+        lambda job: job.state,
+        lambda job: job.errors().shape,
+    ]
+    try:
+        with Queue() as queue:
+            jobs = [queue.map(abs, range(3)) for _ in asks]
+            wait_until(lambda: all(job.wait(0) for job in jobs))
+            for ask, job in zip(asks, jobs, strict=True):
+                stack.down()
+                time.sleep(1.0)  # for so long it is taken to be up
+                assert stack.status().state == "down"
+                elsewhere = threading.Thread(target=repr, args=(job,))
+                elsewhere.start()
+                elsewhere.join()
+                assert stack.status().state == "down", "a card in a thread must not start what somebody has ended"
+                ask(job)
+            jobs[0].extend([-3])
+            assert jobs[0].results(30) == [0, 1, 2, 3]
+    finally:
+        stack.down()
 
 
 def test_job_goes_on_after_the_whole_stack_was_killed(home: Home) -> None:

@@ -34,8 +34,10 @@ _OURS: Final = str(Path(__file__).parent.parent) + os.sep
 
 
 class _Link(Protocol):
-    store: JobStore
     key: bytes
+
+    @property
+    def store(self) -> JobStore: ...
 
 
 def debug(link: _Link, job: str, name: str, index: int, *, settled: bool) -> Any:

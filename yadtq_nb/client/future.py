@@ -179,7 +179,7 @@ class TaskFuture(Future[Any]):
             return super().exception(timeout)
 
     def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
-        """See concurrent.futures.Future. All callbacks of a process are called in one thread, and may wait for tasks."""
+        """See concurrent.futures.Future. Callbacks are called in one thread of the process, and may wait for tasks."""
         # What asyncio adds waits for nothing, and is waited for.
         at_once = self.done() or getattr(fn, "__module__", None) == "asyncio.futures"
         super().add_done_callback(fn if at_once else functools.partial(_caller.call, fn))

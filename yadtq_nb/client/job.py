@@ -70,13 +70,14 @@ class Link(Protocol):
     """What a job needs of its queue's client."""
 
     queue: str
-    store: JobStore
     inbox: Inbox
     key: bytes
-
     config: Config
     mailer: Mailer
 
+    @property
+    def store(self) -> JobStore: ...
+    def wake(self) -> None: ...
     def publisher(self, lane: Lane = "normal") -> Publisher: ...
     def environment(self, fn: Callable[..., Any]) -> Environment: ...
     def fixed(
@@ -431,6 +432,7 @@ class Job(Sequence[Future[Any]]):
     def want(self) -> None:
         """Have outcomes fetched as they come, and not just counted."""
         self._check_process()
+        self._link.wake()
         board = self._board
         # Once a job has ended, nobody else fetches what Redis would not give when it was asked for.
         if not board.wanted or (board.ended and board.told):

@@ -56,6 +56,8 @@ _CLOSE: Final = 60.0
 _TELL: Final = 1.0
 #: Pairs of words that are tried for a name before the job's id is.
 _WORDS_TRIED: Final = 5
+#: Seconds for which the local stack is taken to be up.
+_WOKEN: Final = 1.0
 #: Seconds for which the number of slots is taken to be known.
 _SLOTS_KNOWN: Final = 2.0
 
@@ -63,8 +65,11 @@ _SLOTS_KNOWN: Final = 2.0
 class Link:
     """Opened on first use; closed with the queue."""
 
-    def __init__(self, config: Config, queue: str) -> None:
+    def __init__(self, config: Config, queue: str, *, wake: Callable[[], object] | None = None) -> None:
         """Connect.
+
+        Args:
+            wake: starts the servers, if they may have ended by themselves.
 
         Raises:
             WorkbenchError: Redis cannot be reached. Kafka is looked for when something is sent.
@@ -73,7 +78,8 @@ class Link:
         self.queue = queue
         self.key = config.key
         self.config = config
-        self.store = JobStore(config, queue)
+        self._wake, self._woken_at = wake, time.monotonic()
+        self._store = JobStore(config, queue)
         patiently(self.store.check_secret, PATIENCE)
         self._publishers: dict[Lane, Publisher] = {}
         self.inbox = Inbox(config, queue, held=self._held)
@@ -84,6 +90,24 @@ class Link:
         #: When the slots were last counted, and how many there were.
         self._slots_seen = (float("-inf"), 0)
         pending.add(self)
+
+    @property
+    def store(self) -> JobStore:
+        """What is asked of the workbench; see wake."""
+        self.wake()
+        return self._store
+
+    def wake(self) -> None:
+        """Have the local stack started if it has stopped, being idle.
+
+        Not from other threads than the user's, such as a card's: it could never be stopped.
+        """
+        now = time.monotonic()
+        if self._wake is None or now - self._woken_at < _WOKEN:
+            return
+        if threading.current_thread() is threading.main_thread():
+            self._woken_at = now
+            self._wake()
 
     def publisher(self, lane: Lane = "normal") -> Publisher:
         """Return who writes to a lane; it comes into use with the first call, and nodes are told so."""

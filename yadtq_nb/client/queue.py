@@ -432,7 +432,7 @@ class Queue:
         with self._lock:
             if self._opened is not None and self._opened[:2] == (os.getpid(), config):
                 return self._opened[2]
-            link = Link(config, self.name)
+            link = Link(config, self.name, wake=self._settings if self._given is None else None)
             self._opened = (os.getpid(), config, link)
         return link
 

@@ -42,10 +42,11 @@ class Link(Protocol):
     queue: str
     key: bytes
     config: Config
-    store: JobStore
     inbox: Inbox
     mailer: Mailer
 
+    @property
+    def store(self) -> JobStore: ...
     def publisher(self, lane: Lane = "normal") -> Publisher: ...
 
 

@@ -93,7 +93,9 @@ def place(traceback: str) -> str:
 
 class _Link(Protocol):
     queue: str
-    store: JobStore
+
+    @property
+    def store(self) -> JobStore: ...
 
 
 class Overview:
