@@ -115,6 +115,27 @@ def test_broker_in_memory_is_relieved_of_what_is_done_and_nothing_is_lost_on_the
         assert queue.map(abs, range(100)).results(30) == list(range(100))
 
 
+def test_broker_in_memory_keeps_what_is_not_finished(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+
+    def wait() -> int:
+        while not gate.exists():
+            time.sleep(0.02)
+        return 7
+
+    with LocalCluster(slots=2) as cluster, cluster.queue() as queue:
+        held = queue.submit(wait)
+        assert queue.map(abs, range(2_400), chunksize=1).results(60) == list(range(2_400))
+        before = lives(queue)
+        deadline = time.monotonic() + 8
+        while time.monotonic() < deadline:
+            assert queue.submit(abs, -1).result(30) == 1
+            assert lives(queue) == before, "a Redis that is emptied now must find the record of it in Kafka"
+        gate.touch()
+        assert held.result(30) == 7
+        await_another_life(queue, before)
+
+
 def test_job_that_was_cancelled_before_all_was_fed_is_retried_though_the_broker_was_relieved_of_it() -> None:
     def wait(x: int) -> int:
         time.sleep(0.02)
