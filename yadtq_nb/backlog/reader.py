@@ -209,14 +209,12 @@ def replay_jobs(config: Config, queue: str) -> Iterator[tuple[str, bytes | None]
 def replay_tasks(config: Config, queue: str, lane: Lane) -> Iterator[bytes]:
     """Yield the records of a lane's tasks topic that are still in the log, up to its present end.
 
-    Not for a broker in memory: nodes delete the topic there, and librdkafka 2.16 crashes in who reads it just then.
-
     Raises:
         BacklogError: Kafka cannot be reached.
     """
     topics = Topics(config, queue, lane)
     topic = topics.ensure()
-    reader = Reader(config, queue, topic, to_ends=True)
+    reader = Reader(config, queue, topic, to_ends=config.reading == "poll")
     try:
         positions = {partition: reader.log_start(partition) for partition in range(topic.partitions)}
         ends = topics.ends(topic)
@@ -224,6 +222,7 @@ def replay_tasks(config: Config, queue: str, lane: Lane) -> Iterator[bytes]:
         silent_since = time.monotonic()
         while True:
             records = reader.poll(_SILENCE, 500)
+            # Silence, too: of batches of several records Tansu says a smaller end than it has.
             reached = reader.reached()
             if not records and all(max(positions[p], reached.get(p, 0)) >= end for p, end in ends.items()):
                 return
@@ -236,6 +235,8 @@ def replay_tasks(config: Config, queue: str, lane: Lane) -> Iterator[bytes]:
                 positions[record.partition] = record.offset + 1
                 if record.value is not None:
                     yield record.value
+            if not reader.suits(max(positions.values())):
+                reader.assign(positions)
     finally:
         reader.close()
         topics.close()

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
 from array import array
-from collections.abc import Iterator
-from typing import Final, Protocol
+from collections.abc import Generator, Iterable, Iterator
+from typing import Final, Protocol, TypeAlias
 
 import msgspec
 
 from yadtq_nb import codec
-from yadtq_nb.backlog.connection import TIMEOUT, Topics
 from yadtq_nb.backlog.publish import Publisher, Receipts
 from yadtq_nb.backlog.reader import replay_tasks
 from yadtq_nb.client.board import Outcomes
@@ -29,9 +27,6 @@ from yadtq_nb.workbench.jobs import JobRecord, JobStore
 
 #: Seconds for which Redis is waited for once a job is open again: given up then, the job would be incomplete.
 ONCE_OPEN: Final = 60.0
-#: Seconds for which what lies in Kafka is waited for while nobody reads it, and between looks.
-_STANDSTILL: Final = 10.0
-_LOOK: Final = 0.05
 #: Times to look again when the job has changed while it was looked at.
 _LOOKS: Final = 5
 
@@ -88,37 +83,46 @@ def retry(link: Link, job: str, name: str, fixed: Packet | None) -> int:
     """
     for _ in range(_LOOKS):
         seen = known(link, job, name)
-        again = _unsuccessful(link, seen)
-        if not again.wanted:
-            return 0
-        ended = seen.ended is not None
-        places = _places(link, seen, again.wanted)
-        life = 0
-        link.inbox.sending(job)
-        link.inbox.take_back(job)
-        reopen = functools.partial(
-            link.store.reopen,
-            seen,
-            total=seen.total,
-            function=fixed.function_name if fixed is not None else "",
-            void=again.void,
-            replaced=() if ended else again.wanted,
-            whole=ended,
-            token=new_id(),
-        )
-        try:
-            life = patiently(reopen, PATIENCE)
-            if life:
-                replaced = b"" if ended else array("I", again.wanted).tobytes()
-                # Before its chunks: a workbench that is emptied must not run what they replace.
-                link.mailer.send_safely(Reopen(job, life, life if ended else 0, seen.total, replaced, ended))
-                return _send(link, seen, life, places, fixed)
-        finally:
-            link.inbox.sent(job)
-            if life:  # else another client may be sending
-                with contextlib.suppress(WorkbenchError):  # the queue will see by itself
-                    link.store.stop_sending(job)
+        with _log_kept(link, seen.lane) if seen.cancel else contextlib.nullcontext():
+            sent = _try_again(link, seen, fixed)
+        if sent is not None:
+            return sent
     raise JobError(f"job {name!r} changes while it is looked at: try again", job=name)
+
+
+def _try_again(link: Link, seen: JobRecord, fixed: Packet | None) -> int | None:
+    """Open a job again, and send; None when it is no more as it was seen."""
+    again = _unsuccessful(link, seen)
+    if not again.wanted:
+        return 0
+    ended = seen.ended is not None
+    places = _places(link, seen, again.wanted)
+    life = 0
+    link.inbox.sending(seen.id)
+    link.inbox.take_back(seen.id)
+    reopen = functools.partial(
+        link.store.reopen,
+        seen,
+        total=seen.total,
+        function=fixed.function_name if fixed is not None else "",
+        void=again.void,
+        replaced=() if ended else again.wanted,
+        whole=ended,
+        token=new_id(),
+    )
+    try:
+        life = patiently(reopen, PATIENCE)
+        if not life:
+            return None
+        replaced = b"" if ended else array("I", again.wanted).tobytes()
+        # Before its chunks: a workbench that is emptied must not run what they replace.
+        link.mailer.send_safely(Reopen(seen.id, life, life if ended else 0, seen.total, replaced, ended))
+        return _send(link, seen, life, places, fixed)
+    finally:
+        link.inbox.sent(seen.id)
+        if life:  # else another client may be sending
+            with contextlib.suppress(WorkbenchError):  # the queue will see by itself
+                link.store.stop_sending(seen.id)
 
 
 def _unsuccessful(link: Link, seen: JobRecord) -> Again:
@@ -143,6 +147,10 @@ def _unsuccessful(link: Link, seen: JobRecord) -> Again:
     return Again([index for index, done in enumerate(good) if not done], void)
 
 
+#: Number, first index and count of a chunk.
+_Span: TypeAlias = tuple[int, int, int]
+
+
 class _Places(msgspec.Struct):
     """Which chunk's record holds which of the tasks that are sent again: number -> its tasks, as in ChunkHead.done."""
 
@@ -153,13 +161,18 @@ class _Places(msgspec.Struct):
 
 def _places(link: Link, seen: JobRecord, wanted: list[int]) -> _Places:
     """Find the newest record of each task. What has none stays lost."""
-    if seen.cancel and link.config.reading == "wake":
-        _wait_until_fed(link, seen)
-    spans = {number: (first, count, True) for number, first, count in link.store.spans(seen.id)}
-    if seen.cancel and link.config.reading == "poll":
-        # Not all that was sent has been fed.
-        for head, _ in _logged(link, seen):
-            spans.setdefault(head.number, (head.first, head.count, False))
+    places, whole = _placed(seen, wanted, link.store.spans(seen.id), [])
+    if whole or not seen.cancel:
+        return places
+    # Not all that was sent has been fed. What is fed while the log is read lies in Redis then.
+    logged = [(head.number, head.first, head.count) for head, _ in _logged(link, seen)]
+    return _placed(seen, wanted, link.store.spans(seen.id), logged)[0]
+
+
+def _placed(seen: JobRecord, wanted: list[int], fed: Iterable[_Span], logged: Iterable[_Span]) -> tuple[_Places, bool]:
+    """Return which records hold the tasks, and whether there is one of each."""
+    spans = {number: (first, count, False) for number, first, count in logged}
+    spans.update((number, (first, count, True)) for number, first, count in fed)
     missing = bytearray(seen.total)
     for index in wanted:
         missing[index] = 1
@@ -170,54 +183,14 @@ def _places(link: Link, seen: JobRecord, wanted: list[int]) -> _Places:
         if any(part) and len(part) == count:
             missing[first : first + count] = bytes(count)
             (places.kept if kept else places.logged)[number] = bytes(ord("0") if want else ord("1") for want in part)
-    return places
+    return places, not any(missing)
 
 
-def _wait_until_fed(link: Link, seen: JobRecord) -> None:
-    """Wait until nodes have read what was sent of a job.
-
-    On a broker in memory its log is not read here: nodes delete the topic when all was read, to have the memory back,
-    and librdkafka 2.16 crashes in a consumer whose topic is deleted. They keep what they find there.
-
-    Raises:
-        JobError: nothing reads it.
-        BacklogError, WorkbenchError: a server cannot be reached.
-    """
-    topics, publisher = Topics(link.config, link.queue, seen.lane), link.publisher(seen.lane)
-    moved, before = time.monotonic(), -1
-    try:
-        # What it holds of the job, the broker may have forgotten.
-        while (behind := _behind(link, seen, topics)) or seen.id in publisher.holds():
-            if behind != before:
-                moved, before = time.monotonic(), behind
-            if time.monotonic() - moved > _STANDSTILL:
-                raise JobError(
-                    f"job {seen.name!r} cannot be repaired yet: {behind} records of the queue wait in Kafka, "
-                    "some of them perhaps this job's, and nobody reads them; is a worker running?",
-                    job=seen.name,
-                )
-            link.mailer.ring()
-            time.sleep(_LOOK)
-    finally:
-        topics.close()
+def _log_kept(link: Link, lane: Lane) -> contextlib.AbstractContextManager[None]:
+    return link.store.reading_log(lane) if link.config.reading == "wake" else contextlib.nullcontext()
 
 
-def _behind(link: Link, seen: JobRecord, topics: Topics) -> int:
-    """Return how many records nodes have not read yet of those that there are now."""
-    topic = topics.ensure(TIMEOUT)
-    ends = topics.ends(topic)
-    # Of batches of several records Tansu says a smaller end than it has.
-    told = patiently(lambda: link.store.ends(seen.id), PATIENCE)
-    _, fed = patiently(lambda: link.store.fed(seen.lane), PATIENCE)
-    behind = 0
-    for partition, end in ends.items():
-        cursor = fed.get(partition)
-        read = cursor.offset if cursor is not None and cursor.topic_id == topic.id else 0
-        behind += max(0, max(end, told.get(f"{topic.id}/{partition}", 0)) - read)
-    return behind
-
-
-def _logged(link: Link, seen: JobRecord) -> Iterator[tuple[ChunkHead, bytes]]:
+def _logged(link: Link, seen: JobRecord) -> Generator[tuple[ChunkHead, bytes], None, None]:
     for record in replay_tasks(link.config, link.queue, seen.lane):
         head = _head(link, seen, record)
         if head is not None:
@@ -281,21 +254,21 @@ def _with(head: ChunkHead, fixed: Packet) -> ChunkHead:
     )
 
 
+def _newest(link: Link, seen: JobRecord) -> bytes | None:
+    spans = link.store.spans(seen.id)
+    return next(link.store.inputs(seen.id, [max(spans)[0]]), None) if spans else None
+
+
 def recorded(link: Link, seen: JobRecord) -> Packet:
     """Return what the chunks of a job have in common, from the newest record of it.
 
     Raises:
         JobError: no record of it is kept.
     """
-    spans = link.store.spans(seen.id)
-    record = next(link.store.inputs(seen.id, [max(spans)[0]]), None) if spans else None
+    record = _newest(link, seen)
     if record is None and seen.total > 0:  # nothing has been fed yet
-        if link.config.reading == "poll":
-            record = next((record for _, record in _logged(link, seen)), None)
-        else:
-            _wait_until_fed(link, seen)
-            spans = link.store.spans(seen.id)
-            record = next(link.store.inputs(seen.id, [max(spans)[0]]), None) if spans else None
+        with _log_kept(link, seen.lane), contextlib.closing(_logged(link, seen)) as logged:
+            record = next((record for _, record in logged), None) or _newest(link, seen)
     if record is None:
         raise JobError(f"no input of job {seen.name!r} is kept, and so no function: map anew", job=seen.name)
     head, function, _ = codec.decode_chunk(link.key, record)

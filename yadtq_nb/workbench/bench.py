@@ -24,6 +24,9 @@ _INLINE: Final = 2048
 _TOLD: Final = 100
 TOLD_FOR: Final = 60
 
+#: Seconds for which a topic may be deleted and made again.
+_DELETING: Final = 30
+
 log = logging.getLogger(__name__)
 
 _pack = msgspec.msgpack.Encoder().encode
@@ -358,6 +361,30 @@ class Workbench:
         """Return how many chunks are in hand: ready, leased or waiting for their next try."""
         with self._redis.use() as client:
             return int(client.hlen(self._redis.key("open")))
+
+    def begin_deletion(self) -> bool:
+        """Say that this node is about to delete its lane's topic. False when somebody reads that: it is to be left.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached.
+        """
+        with self._redis.use() as client:
+            # Said before it is looked: whoever begins to read says so, and then looks for this.
+            client.set(self._redis.lane_key("deleting", self._lane), self._node, ex=_DELETING)
+            seconds, _ = client.time()
+            if not client.zcount(self._redis.lane_key("reading", self._lane), seconds, "+inf"):
+                return True
+        self.end_deletion()
+        return False
+
+    def end_deletion(self) -> None:
+        """Say that the topic is there again. Also said by time, should this node die.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached.
+        """
+        with self._redis.use() as client:
+            client.delete(self._redis.lane_key("deleting", self._lane))
 
     def run_id(self) -> str:
         """Name of the server's present life."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import struct
+import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, Literal
@@ -13,8 +15,8 @@ import msgspec
 
 from yadtq_nb import codec
 from yadtq_nb.config import Config
-from yadtq_nb.errors import JobNotFoundError, SignatureError, TooLargeError
-from yadtq_nb.model import CallStyle, Cancel, Lane, Manifest, Reopen, Seal, WorkerInfo, WorkerView, Written
+from yadtq_nb.errors import JobNotFoundError, SignatureError, TooLargeError, WorkbenchError
+from yadtq_nb.model import CallStyle, Cancel, Lane, Manifest, Reopen, Seal, WorkerInfo, WorkerView, Written, new_id
 from yadtq_nb.workbench.bench import TOLD_FOR, Cursor
 from yadtq_nb.workbench.connection import ALWAYS_FITS, Connection, patiently
 
@@ -31,6 +33,8 @@ _AT_ONCE: Final = 4 * 1024 * 1024
 SENDER_LEASE: Final = 10.0
 #: Seconds after which somebody who follows a job, and has not said so again, does no more.
 _FOLLOWED: Final = 10.0
+#: Seconds between looks whether a topic is there again.
+_PAUSE: Final = 0.05
 _SAY_SENDING: Final = "#!lua flags=allow-oom\nreturn redis.call('SET', KEYS[1], 1, 'PX', ARGV[1])"
 
 _pack = msgspec.msgpack.Encoder().encode
@@ -401,6 +405,31 @@ class JobStore:
             server, found = pipe.execute()
         parsed = {int(partition): Cursor.parse(cursor) for partition, cursor in found.items()}
         return str(server["run_id"]), {p: cursor for p, cursor in parsed.items() if cursor is not None}
+
+    @contextlib.contextmanager
+    def reading_log(self, lane: Lane, seconds: int = 300) -> Iterator[None]:
+        """Keep nodes from deleting a lane's topic while the block reads it, for so many seconds at most.
+
+        On a broker in memory they do that when all was read. librdkafka 2.16 crashes in who reads it just then.
+
+        Raises:
+            WorkbenchError: Redis cannot be reached.
+        """
+        readers, me = self._redis.lane_key("reading", lane), new_id()
+        with self._redis.use() as client:
+            client.zadd(readers, {me: client.time()[0] + seconds})
+            client.expire(readers, seconds)
+        try:
+            while self._is_being_deleted(lane):
+                time.sleep(_PAUSE)
+            yield
+        finally:
+            with contextlib.suppress(WorkbenchError), self._redis.use() as client:  # else it is over by time
+                client.zrem(readers, me)
+
+    def _is_being_deleted(self, lane: Lane) -> bool:
+        with self._redis.use() as client:
+            return bool(client.exists(self._redis.lane_key("deleting", lane)))
 
     def now(self) -> float:
         """Return the workbench's clock, in seconds since the epoch."""

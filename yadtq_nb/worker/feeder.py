@@ -379,12 +379,15 @@ class Feeder:
         # Of a partition with batches of several records Tansu says a smaller end than it has: then the topic is kept.
         if self._bench.open_chunks() or self._topics.ends(self._topic) != self._positions:
             return
+        if not self._bench.begin_deletion():
+            return
         # Closed first: librdkafka 2.16 crashes in a consumer whose topic is deleted while it is assigned.
         self._reader.close()
         try:
             self._topics.delete()
         finally:
             self._turn_to(self._topics.ensure())
+            self._bench.end_deletion()
 
     # Feeding.
 
