@@ -144,7 +144,8 @@ class Inbox:
 
     def _tell_again(self) -> None:
         with self._lock:
-            self._untold = [(job, again) for at, job, again in self._told if at >= self._contact - ROLLBACK]
+            told = [(job, again) for at, job, again in self._told if at >= self._contact - ROLLBACK]
+            self._untold = [entry for entry in self._untold if entry not in told] + told
         self._tell_rest()
 
     def _tell_rest(self) -> None:
