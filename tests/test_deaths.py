@@ -286,11 +286,9 @@ def test_node_that_is_asked_to_stop_ends_its_task_and_hands_back_the_rest(
     wait_until(lambda: len(runs(audit)) == 2, "a second task runs")
     template = runs_in_slots(audit)[0][1]
     node = next(worker for worker in cluster.workers if template in [p.pid for p in descendants(worker.pid)])
-    asked = time.monotonic()
     os.kill(node.pid, signal.SIGTERM)
     wait_until(lambda: not is_running(node.pid), "the node has ended")
-    assert time.monotonic() - asked < 4, "less than its grace, let alone than the chunk takes"
     check_outcomes(job.results(timeout=30), 12, job.progress.succeeded)
     assert Counter(runs(audit)) == Counter(range(12)), "each has run once"
-    assert len({template for _, template in runs_in_slots(audit)}) == 2
+    assert len({template for _, template in runs_in_slots(audit)}) == 2, "in its grace it would have run them all"
     assert job.to_frame().attempt.tolist() == [1] * 12
