@@ -149,7 +149,8 @@ def shape(how: str = "list", **options: Any) -> Callable[[Callable[[random.Rando
 
     Args:
         how: "list", "drawn" (an iterator), "together" (coroutines), "below" (tasks that wait for jobs of their own),
-            "cancelled" (by its client, after a while), "mended" (retried with another function) or "single" (submit).
+            "cancelled" (by its client, after a while), "revived" (retried after that), "mended" (retried with another
+            function) or "single" (submit).
     """
 
     def register(items: Callable[[random.Random], list[Item]]) -> None:
@@ -247,6 +248,11 @@ def cancelled(rng: random.Random) -> list[Item]:
     return [(i, rng.uniform(0.01, 0.2), "", b"") for i in range(300)]
 
 
+@shape("revived", chunksize=1)
+def revived(rng: random.Random) -> list[Item]:
+    return [(i, rng.uniform(0.0, 0.05), "", b"") for i in range(300)]
+
+
 @shape("mended", chunksize=7)
 def mended(rng: random.Random) -> list[Item]:
     return [(i, rng.uniform(0.0, 0.05), "mend" if i % 6 == 5 else "", b"") for i in range(90)]
@@ -293,7 +299,9 @@ class Client:
                 if SHAPES[shape_of(name)][1] == "cancelled":
                     job.wait(rng.uniform(0.0, 2.0))
                     patiently(job.cancel)
-                if SHAPES[shape_of(name)][1] == "mended":
+                if SHAPES[shape_of(name)][1] == "revived":
+                    self._cancel_sent(job, rng.uniform(0.0, 1.0))
+                if SHAPES[shape_of(name)][1] in ("mended", "revived"):
                     self._mend(name, job)
                 self.say("done", name, outcomes=self._outcomes(job))
 
@@ -346,6 +354,13 @@ class Client:
                     patiently(job.cancel)
                 time.sleep(0.5)
         self.say("stuck", name)
+
+    @staticmethod
+    def _cancel_sent(job: Any, every: float) -> None:
+        """Cancel a job once it was sent whole: what was not sent by then would be gone."""
+        while not job.wait(every) and not patiently(lambda: job.link.store.record(job.id)).sealed:
+            pass
+        patiently(job.cancel)
 
     def _retry(self, job: Any, name: str) -> int:
         return int(patiently(lambda: job.retry(work_mended, kwargs=self._given(name))))
