@@ -52,7 +52,7 @@ def test_jobs_of_an_open_notebook_start_the_stack_that_has_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("YADTQ_HOME", str(tmp_path / "stack"))
-    stack = Stack(Home(tmp_path / "stack"))
+    stack = Stack(Home.of_this_environment())
     asks: list[Callable[[Job], object]] = [
         lambda job: job.results(30),
         lambda job: job.to_frame().shape,
@@ -65,7 +65,7 @@ def test_jobs_of_an_open_notebook_start_the_stack_that_has_stopped(
             jobs = [queue.map(abs, range(3)) for _ in asks]
             wait_until(lambda: all(job.wait(0) for job in jobs))
             for ask, job in zip(asks, jobs, strict=True):
-                stack.down()
+                assert stack.down()
                 time.sleep(1.0)  # for so long it is taken to be up
                 assert stack.status().state == "down"
                 elsewhere = threading.Thread(target=repr, args=(job,))
