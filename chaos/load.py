@@ -296,12 +296,13 @@ class Client:
             names = [f"{seed}-{client}-{number}-{shape}" for shape in rng.sample(sorted(SHAPES), 2)]
             sent = [(name, job) for name in names if (job := self._send_one(name)) is not None]
             for name, job in sent:
-                if SHAPES[shape_of(name)][1] == "cancelled":
+                how = SHAPES[shape_of(name)][1]
+                if how == "cancelled":
                     job.wait(rng.uniform(0.0, 2.0))
                     patiently(job.cancel)
-                if SHAPES[shape_of(name)][1] == "revived":
+                if how == "revived":
                     self._cancel_sent(job, rng.uniform(0.0, 1.0))
-                if SHAPES[shape_of(name)][1] in ("mended", "revived"):
+                if how in ("mended", "revived"):
                     self._mend(name, job)
                 self.say("done", name, outcomes=self._outcomes(job))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from typing import Any
 
@@ -11,6 +9,7 @@ import confluent_kafka
 import pytest
 import redis
 import stacks
+from waiting import stopped
 
 from yadtq_nb import JobError, JobIncompleteError, LocalCluster
 from yadtq_nb.backlog import publish
@@ -125,12 +124,9 @@ def test_feeders_are_rung_for_again_once_a_slow_broker_has_what_was_sent(
         assert queue.submit(abs, -1).result(30) == 1
         time.sleep(0.5)  # rung for just now, they are not again
         before = rung()
-        os.kill(stack.broker.pid, signal.SIGSTOP)
-        try:
+        with stopped(stack.broker.pid):
             future = queue.submit(abs, -2)
             time.sleep(1.5)  # feeders have looked, and sleep
-        finally:
-            os.kill(stack.broker.pid, signal.SIGCONT)
         assert future.result(30) == 2
         assert rung() >= before + 2
 

@@ -5,7 +5,6 @@ Each task writes a line to a file outside of the system: how often it really ran
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import threading
@@ -20,7 +19,7 @@ import redis
 import stacks
 from confluent_kafka.admin import AdminClient
 from offsets import committed
-from waiting import runs, traced, wait_until
+from waiting import runs, stopped, traced, wait_until
 
 from yadtq_nb import BacklogError, Job, JobState, LocalCluster, Queue, WorkbenchFullError
 from yadtq_nb.backlog.connection import Topics
@@ -83,16 +82,6 @@ def check(job: Job, audit: Path, *, again: int, count: int = COUNT) -> None:
     ran = Counter(runs(audit))
     assert ran.keys() == set(range(count)), "each task that has an outcome has run"
     assert sum(ran.values()) - count <= again
-
-
-@contextlib.contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    """Have a process stand still."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 def test_broker_that_is_stopped_for_a_while_and_started_again(

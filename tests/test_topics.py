@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import threading
 import time
@@ -16,7 +15,7 @@ import pytest
 import stacks
 from confluent_kafka import KafkaError, KafkaException, Producer, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, NewPartitions, OffsetSpec  # type: ignore[attr-defined]  # exported, but not in __all__
-from waiting import wait_until
+from waiting import stopped, wait_until
 
 from yadtq_nb import JobIncompleteError, LocalCluster
 from yadtq_nb.backlog.connection import Topics
@@ -170,17 +169,16 @@ def test_broker_that_goes_away_while_topics_are_made_for_a_first_map_is_waited_f
         if len(tried) > 1:
             create(topics, tasks)
             return
-        os.kill(stack.broker.pid, signal.SIGSTOP)
         cut = threading.Timer(0.3, _cut_connections, [int(stack.broker.address.rpartition(":")[2])])
-        cut.start()
-        try:
-            create(topics, tasks)
-        except KafkaException:
-            tried.append("and failed")
-            raise
-        finally:
-            cut.join()
-            os.kill(stack.broker.pid, signal.SIGCONT)
+        with stopped(stack.broker.pid):
+            cut.start()
+            try:
+                create(topics, tasks)
+            except KafkaException:
+                tried.append("and failed")
+                raise
+            finally:
+                cut.join()
 
     if not stack.processes:
         pytest.skip("the broker is no process of ours")

@@ -56,10 +56,12 @@ if TYPE_CHECKING:
 #: What results() does with tasks that failed.
 Errors = Literal["raise", "return", "skip"]
 
+#: Failures of a job that was ended before its time: its other tasks are cancelled.
+_STOPPED: Final = (JobCancelledError, JobTimeoutError)
 #: Failures of a job after which what it has is still given.
 _PARTIAL: Final[dict[Errors, tuple[type[Exception], ...]]] = {
-    "skip": (JobIncompleteError, JobCancelledError, JobTimeoutError),
-    "return": (JobCancelledError, JobTimeoutError),
+    "skip": (JobIncompleteError, *_STOPPED),
+    "return": _STOPPED,
 }
 
 #: Seconds for which a lost node is still shown.
@@ -469,8 +471,8 @@ class Job(Sequence[Future[Any]]):
 
     def task_state(self, index: int) -> State:
         """Return a task's state, as far as this process has heard."""
-        ended = isinstance(self._board.failure, JobCancelledError | JobTimeoutError)
-        return self._board.state(index) or (State.CANCELLED if ended else State.QUEUED)
+        stopped = isinstance(self._board.failure, _STOPPED)
+        return self._board.state(index) or (State.CANCELLED if stopped else State.QUEUED)
 
     def task_log(self, index: int) -> str:
         """Return what a task has written, as far as it is kept and this process has heard."""
@@ -589,7 +591,7 @@ class Job(Sequence[Future[Any]]):
             self._raise_failure("skip")
         total = self._known_total()
         table = self._board.table(self._highest() if total is None else total)
-        if isinstance(self._board.failure, JobCancelledError | JobTimeoutError):
+        if isinstance(self._board.failure, _STOPPED):
             table.states = table.states.replace(b"Q", b"C")
         elif self.lost:
             table.states = table.states.replace(b"Q", b"L")

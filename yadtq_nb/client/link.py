@@ -102,11 +102,10 @@ class Link:
 
         Not from other threads than the user's, such as a card's: it could never be stopped.
         """
-        now = time.monotonic()
-        if self._wake is None or now - self._woken_at < _WOKEN:
+        if self._wake is None or time.monotonic() - self._woken_at < _WOKEN:
             return
         if threading.current_thread() is threading.main_thread():
-            self._woken_at = now
+            self._woken_at = time.monotonic()
             self._wake()
 
     def publisher(self, lane: Lane = "normal") -> Publisher:

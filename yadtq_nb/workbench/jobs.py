@@ -415,9 +415,9 @@ class JobStore:
         Raises:
             WorkbenchError: Redis cannot be reached.
         """
-        readers, me = self._redis.lane_key("reading", lane), new_id()
+        readers, me, until = self._redis.lane_key("reading", lane), new_id(), self.now() + seconds
         with self._redis.use() as client:
-            client.zadd(readers, {me: client.time()[0] + seconds})
+            client.zadd(readers, {me: until})
             client.expire(readers, seconds)
         try:
             while self._is_being_deleted(lane):

@@ -51,39 +51,45 @@ local function job_of(c)
   return job
 end
 
+-- What is kept of the inputs of a job, by this feed, and for how long if it is the first.
+local function note_inputs(id, job, seconds)
+  redis.call('HINCRBY', job.name, 'bytes', job.bytes)
+  if redis.call('APPEND', job_key(id, 'spans'), job.spans) == #job.spans then
+    redis.call('EXPIRE', job_key(id, 'in'), seconds)
+    redis.call('EXPIRE', job_key(id, 'spans'), seconds)
+  end
+end
+
 local function count_jobs()
   for id, job in pairs(jobs) do
     if job.fed > 0 then
-      redis.call('HINCRBY', job.name, 'bytes', job.bytes)
+      note_inputs(id, job, keep * 4)
       if job.running > 0 then
         redis.call('HINCRBY', job.name, 'running', job.running)
       end
       redis.call('HINCRBY', job.name, 'fed', job.fed)
-      if redis.call('APPEND', job_key(id, 'spans'), job.spans) == #job.spans then
-        redis.call('EXPIRE', job_key(id, 'in'), keep * 4)
-        redis.call('EXPIRE', job_key(id, 'spans'), keep * 4)
-      end
       tell_fed(id, job.spans)
+    elseif job.repairable and job.spans ~= '' then
+      note_inputs(id, job, redis.call('TTL', job.name))
     end
   end
 end
 
+local function count_input(c, job, data)
+  job.bytes = job.bytes + #data
+  job.spans = job.spans .. struct.pack('<I4I4I4', c[2], c[3], c[4])
+end
+
 -- Of a job that was cancelled: job.retry() finds it in Kafka's log, or here.
 local function keep_input(c, job, data)
-  if redis.call('HSETNX', job_key(c[1], 'in'), c[2], data) == 0 then
-    return
+  if redis.call('HSETNX', job_key(c[1], 'in'), c[2], data) == 1 then
+    count_input(c, job, data)
   end
-  redis.call('APPEND', job_key(c[1], 'spans'), struct.pack('<I4I4I4', c[2], c[3], c[4]))
-  redis.call('HINCRBY', job.name, 'bytes', #data)
-  local left = redis.call('TTL', job.name)
-  redis.call('EXPIRE', job_key(c[1], 'in'), left)
-  redis.call('EXPIRE', job_key(c[1], 'spans'), left)
 end
 
 local function add(id, c, job, position, data)
   redis.call('HSET', job_key(c[1], 'in'), c[2], data)
-  job.bytes = job.bytes + #data
-  job.spans = job.spans .. struct.pack('<I4I4I4', c[2], c[3], c[4])
+  count_input(c, job, data)
   local chunk = {
     lane = lane, job = c[1], number = c[2], first = c[3], count = c[4], weight = c[5], size = #data,
     left = c[4], seq = 0, done = c[14], lapses = 0, crashes = {}, positions = {position},
